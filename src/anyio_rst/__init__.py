@@ -1,0 +1,31 @@
+"""TCP connections that end truthfully: FIN for success, RST for everything else."""
+
+from __future__ import annotations
+
+from ._connect import connect_tcp
+from ._connection import Connection
+from ._drain import Drain
+from ._ending import Cause, CloseKind, Ending
+from ._peer import PeerClose, PeerReset
+from ._scope import connection_scope, scoped
+from ._serve import Server, serve_tcp
+
+__all__ = [
+    "Cause",
+    "CloseKind",
+    "Connection",
+    "Drain",
+    "Ending",
+    "PeerClose",
+    "PeerReset",
+    "Server",
+    "connect_tcp",
+    "connection_scope",
+    "scoped",
+    "serve_tcp",
+]
+
+for _name in __all__:
+    # Shown, and pickled, under the names that users import.
+    globals()[_name].__module__ = __name__
+del _name

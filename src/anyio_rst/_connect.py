@@ -1,0 +1,58 @@
+"""`connect_tcp`: the client's side."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+
+from ._drain import DEFAULT_DRAIN, Drain, check_drain
+from ._ending import check_finish_on
+from ._scope import connection_scope
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from ipaddress import IPv4Address, IPv6Address
+
+    from ._connection import Connection
+    from ._ending import FinishOn
+
+__all__ = ["connect_tcp"]
+
+
+@asynccontextmanager
+async def connect_tcp(
+    host: str | IPv4Address | IPv6Address,
+    port: int,
+    *,
+    local_host: str | IPv4Address | IPv6Address | None = None,
+    happy_eyeballs_delay: float = 0.25,
+    finish_on: FinishOn = (),
+    drain: Drain | None = DEFAULT_DRAIN,
+) -> AsyncIterator[Connection]:
+    """Connect over TCP, and end the connection the way the body ends.
+
+    ::
+
+        async with connect_tcp("example.org", 80) as conn:
+            await conn.send(request)
+
+    Args:
+      host, port, local_host, happy_eyeballs_delay: those of :func:`anyio.connect_tcp`,
+        which makes the connection (RFC 6555).
+      finish_on: see :func:`connection_scope`.
+      drain: see :func:`connection_scope`.
+
+    Raises:
+      OSError: the connection could not be made.
+      TypeError: *finish_on* or *drain* is of the wrong type.
+      RuntimeError: this platform cannot reset a stream of this AnyIO.
+    """
+    finish_on = check_finish_on(finish_on)
+    check_drain(drain)
+    stream = await anyio.connect_tcp(
+        host, port, local_host=local_host, happy_eyeballs_delay=happy_eyeballs_delay
+    )
+    async with connection_scope(stream, finish_on=finish_on, drain=drain) as connection:
+        yield connection

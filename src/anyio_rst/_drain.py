@@ -1,0 +1,55 @@
+"""The limits of the drain, the last stage of a clean end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Drain"]
+
+
+@dataclass(frozen=True)
+class Drain:
+    """How long a clean end goes on reading what the peer still sends.
+
+    A socket that is closed with unread input resets the connection, and the answer that
+    was under way with it (RFC 2525, 2.17; RFC 9112, 9.6). A clean end therefore sends
+    its FIN, reads and discards until the peer's FIN, and then closes. A peer that never
+    closes would hold it for ever, so there are limits; whichever is reached first ends
+    the drain.
+
+    Args:
+      timeout: seconds from our FIN on. 0 discards only what has already arrived.
+      max_bytes: bytes to discard, or None for no limit.
+
+    Raises:
+      TypeError: a limit is not a number.
+      ValueError: a limit is negative, NaN or infinite.
+    """
+
+    timeout: float = 5.0
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        # What is typed as a number may still be something else in an untyped program.
+        timeout: object = self.timeout
+        max_bytes: object = self.max_bytes
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"Drain timeout must be a number of seconds, not {timeout!r}")
+        if not math.isfinite(timeout) or timeout < 0:
+            raise ValueError(f"Drain timeout must be finite and >= 0, not {timeout!r}")
+        if max_bytes is None:
+            return
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+            raise TypeError(f"Drain max_bytes must be an int or None, not {max_bytes!r}")
+        if max_bytes < 0:
+            raise ValueError(f"Drain max_bytes must be >= 0, not {max_bytes!r}")
+
+
+DEFAULT_DRAIN = Drain()
+
+
+def check_drain(drain: object) -> None:
+    """Refuse what is neither a :class:`Drain` nor None."""
+    if drain is not None and not isinstance(drain, Drain):
+        raise TypeError(f"drain must be a Drain or None, not {drain!r}")

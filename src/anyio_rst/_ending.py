@@ -1,0 +1,184 @@
+"""Which way a connection ends, and the record of how it ended.
+
+The decision is the table :data:`KIND_OF` and the one rule of :func:`verdict`.
+Everything else in this library obeys them.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from anyio import get_cancelled_exc_class
+
+if TYPE_CHECKING:
+    import outcome
+
+    from ._peer import PeerClose
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+__all__ = ["Cause", "CloseKind", "Ending", "FinishOn"]
+
+FinishOn: TypeAlias = "type[BaseException] | Iterable[type[BaseException]]"
+
+
+class CloseKind(enum.Enum):
+    """What ended the connection."""
+
+    FIN = "FIN"
+    """Our FIN: the peer was told *that was all*."""
+
+    RST = "RST"
+    """A reset: ours or, where `cause` alone would have earned a FIN, the peer's own,
+    which came before the FIN could be sent."""
+
+    DETACHED = "DETACHED"
+    """Nothing: the stream was handed back, open."""
+
+
+class Cause(enum.Enum):
+    """Why the connection ended as it did."""
+
+    RETURNED = "RETURNED"
+    """The body or handler returned."""
+
+    CLOSED = "CLOSED"
+    """`Connection.aclose()`."""
+
+    FINISH_ON = "FINISH_ON"
+    """An exception that `finish_on` declares a clean end."""
+
+    RAISED = "RAISED"
+    """Any other exception."""
+
+    CANCELLED = "CANCELLED"
+    """Cancellation."""
+
+    GROUP_FAILED = "GROUP_FAILED"
+    """A child of `Connection.create_task_group()` failed, or an exception group left
+    the body."""
+
+    TORN_SEND = "TORN_SEND"
+    """It would have been a clean end, but a send had been cut short."""
+
+    ABORTED = "ABORTED"
+    """`Connection.abort()`."""
+
+    DETACHED = "DETACHED"
+    """`Connection.detach()`."""
+
+
+KIND_OF = {
+    Cause.RETURNED: CloseKind.FIN,
+    Cause.CLOSED: CloseKind.FIN,
+    Cause.FINISH_ON: CloseKind.FIN,
+    Cause.RAISED: CloseKind.RST,
+    Cause.CANCELLED: CloseKind.RST,
+    Cause.GROUP_FAILED: CloseKind.RST,
+    Cause.TORN_SEND: CloseKind.RST,
+    Cause.ABORTED: CloseKind.RST,
+    Cause.DETACHED: CloseKind.DETACHED,
+}
+
+
+def verdict(cause: Cause, *, torn: bool) -> Cause:
+    """The cause that counts: no FIN behind a send that was cut short."""
+    if torn and KIND_OF[cause] is CloseKind.FIN:
+        return Cause.TORN_SEND
+    return cause
+
+
+def cause_of_exit(
+    exc: BaseException | None, finish_on: tuple[type[BaseException], ...]
+) -> Cause:
+    """What leaving the body with *exc* (None: it returned) means."""
+    if exc is None:
+        return Cause.RETURNED
+    leaves = list(_leaves(exc))
+    if all(isinstance(leaf, finish_on) for leaf in leaves):
+        return Cause.FINISH_ON
+    if all(isinstance(leaf, _cancelled_class()) for leaf in leaves):
+        return Cause.CANCELLED
+    if isinstance(exc, BaseExceptionGroup):
+        return Cause.GROUP_FAILED
+    return Cause.RAISED
+
+
+def all_leaves(exc: BaseException, kind: type[BaseException]) -> bool:
+    """Whether *exc* is of that kind, or a group of nothing else."""
+    return all(isinstance(leaf, kind) for leaf in _leaves(exc))
+
+
+def _leaves(exc: BaseException) -> Iterable[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        for inner in exc.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield exc
+
+
+def _cancelled_class() -> type[BaseException] | tuple[()]:
+    try:
+        return get_cancelled_exc_class()
+    except RuntimeError:
+        return ()  # a coroutine closed outside of any event loop: nobody can cancel
+
+
+def check_finish_on(finish_on: FinishOn) -> tuple[type[BaseException], ...]:
+    """*finish_on* as a tuple.
+
+    Raises:
+      TypeError: something in it is not an exception type, or is a type of group, which
+        no leaf of a group ever is.
+    """
+    given: object = finish_on  # an untyped program may give anything
+    items = given if isinstance(given, Iterable) else (given,)
+    types: list[type[BaseException]] = []
+    for item in items:
+        if not isinstance(item, type) or not issubclass(item, BaseException):
+            raise TypeError(f"finish_on takes exception types, not {item!r}")
+        if issubclass(item, BaseExceptionGroup):
+            raise TypeError(
+                "finish_on is matched against the leaves of exception groups, so "
+                f"{item.__name__} would never match"
+            )
+        types.append(item)
+    return tuple(types)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one connection ended. Immutable."""
+
+    kind: CloseKind
+    """What ended it."""
+
+    cause: Cause
+    """Why."""
+
+    outcome: outcome.Outcome[object] | None
+    """`outcome.Value` or `outcome.Error` of the body or handler. None for as long as
+    that goes on, after `aclose()`, `abort()`, `detach()` or a failure of the
+    connection's task group ended the connection before it."""
+
+    peer: PeerClose
+    """What the peer did, as far as it was seen."""
+
+    remote_address: tuple[str, int] | None
+    """(host, port) of the peer; None if it had gone before that could be asked."""
+
+    discarded: int
+    """Bytes read and dropped while draining."""
+
+    unacknowledged: int | None
+    """Bytes sent that the peer's TCP had not acknowledged when the socket was closed;
+    None where the platform cannot tell (all but Linux) or nothing was closed."""
+
+    fin_sent_before_reset: bool
+    """`send_eof()` had gone out before the reset. A peer on Linux that only reads then
+    sees a clean end, and no later reset can correct that."""

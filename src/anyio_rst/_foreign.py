@@ -1,0 +1,249 @@
+"""Streams made by somebody else: AnyIO's own, wrappers around them, Trio's.
+
+They keep their own I/O. Their sends are watched, and at the end the socket under them
+is taken over.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, cast
+
+import anyio
+from anyio import BrokenResourceError, EndOfStream
+from anyio.abc import ByteStream, SocketAttribute, SocketStream
+from anyio.lowlevel import checkpoint
+
+from . import _sockets
+from ._native import NativeStream
+from ._peer import PeerClose
+from ._stream import RECEIVE_SIZE, EndableStream
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator, Mapping
+
+    import trio
+
+    from ._drain import Drain
+
+
+class ForeignStream(EndableStream):
+    """The I/O of the byte stream *stream*, and the ending of the socket under it."""
+
+    def __init__(self, stream: ByteStream, original: object) -> None:
+        remote_address = stream.extra(SocketAttribute.remote_address, None)
+        super().__init__(cast("tuple[str, int] | None", remote_address))
+        self._stream = stream
+        self._original = original
+        self._owned: _sockets.SocketLike = stream.extra(SocketAttribute.raw_socket)
+        self._taken: NativeStream | None = None
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        return self._stream.extra_attributes
+
+    @property
+    def _raw_socket(self) -> socket.socket:
+        return self._stream.extra(SocketAttribute.raw_socket)
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        try:
+            return await self._stream.receive(max_bytes)
+        except EndOfStream:
+            return b""
+        except BrokenResourceError as exc:
+            raise self._lost(exc.__cause__ or exc) from exc
+
+    async def _send(self, item: bytes) -> None:
+        size = memoryview(item).nbytes
+        if not size:
+            await checkpoint()  # AnyIO's stream on Trio has none for an empty send
+        # Until it has returned, nobody can tell how much of it went out.
+        self.mid_send = size > 0
+        try:
+            await self._stream.send(item)
+        except BrokenResourceError as exc:
+            raise self._lost(exc.__cause__ or exc) from exc
+        self.mid_send = False
+
+    async def _send_eof(self) -> None:
+        try:
+            await self._stream.send_eof()
+        except BrokenResourceError as exc:
+            raise self._lost(exc.__cause__ or exc) from exc
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def arm(self) -> None:
+        with _sockets.borrowed(self._owned) as sock:
+            _sockets.arm(sock)
+
+    def reset(self) -> None:
+        self._closed = True
+        with suppress(OSError), _sockets.borrowed(self._owned) as sock:
+            self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=self.eof_sent)
+            _sockets.reset(sock)
+        self._close_stream()
+
+    def send_fin(self) -> bool:
+        self._closed = True
+        self.eof_sent = False
+        # The stream would answer unread input with an RST when it is closed, so its
+        # socket lives on in a copy, for the drain. With no descriptor to be had for
+        # that (EMFILE) there is no drain.
+        with suppress(OSError), _sockets.borrowed(self._owned) as sock:
+            self.eof_sent = _sockets.finish(sock)
+            self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=True)
+            if self.peer is PeerClose.NONE:
+                self._taken = NativeStream(_sockets.duplicate(sock), None)
+                self._taken.eof_sent = True
+        self._close_stream()
+        return self.eof_sent
+
+    async def drain(self, limits: Drain) -> None:
+        if self._taken is not None:
+            try:
+                await self._taken.drain(limits)
+            finally:
+                self.peer = self._taken.peer
+                self.discarded = self._taken.discarded
+
+    def close(self) -> None:
+        if self._taken is not None:
+            self._taken.close()
+            self.unacknowledged = self._taken.unacknowledged
+
+    def release(self) -> object:
+        with suppress(OSError), _sockets.borrowed(self._owned) as sock:
+            _sockets.disarm(sock)
+        return self._original
+
+    def _close_stream(self) -> None:
+        """Run the stream's `aclose()` up to its first suspension, and drop the rest.
+
+        A stream has to be closed by then, for it may be cancelled there. So an ending
+        needs no checkpoint: not under cancellation, and not in a coroutine that is
+        being closed, where there must not be one.
+        """
+        closing = self._stream.aclose()
+        try:
+            with suppress(Exception):  # StopIteration, if there was no suspension
+                closing.send(None)
+        finally:
+            closing.close()
+
+
+class LayeredStream(ForeignStream):
+    """The I/O of a wrapper around a connection, and the ending of that connection."""
+
+    def __init__(self, wrapper: ForeignStream, inner: EndableStream) -> None:
+        super().__init__(wrapper._stream, wrapper._original)
+        self._inner = inner
+
+    @property
+    def torn(self) -> bool:
+        return self.mid_send or self._inner.torn
+
+    def arm(self) -> None:
+        pass  # the connection is armed
+
+    def reset(self) -> None:
+        self._closed = True
+        self._inner.reset()
+        self._report()
+
+    def send_fin(self) -> bool:
+        self._closed = True
+        self.eof_sent = self._inner.send_fin()
+        return self.eof_sent
+
+    async def drain(self, limits: Drain) -> None:
+        await self._inner.drain(limits)
+
+    def close(self) -> None:
+        self._inner.close()
+        self._report()
+
+    def release(self) -> object:
+        return self._original  # still the connection's, and armed
+
+    def _report(self) -> None:
+        self.peer = self._inner.peer
+        self.discarded = self._inner.discarded
+        self.unacknowledged = self._inner.unacknowledged
+
+
+class TrioStream(SocketStream):
+    """Trio's stream with AnyIO's names and exceptions."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+
+    @property
+    def _raw_socket(self) -> socket.socket:
+        # Trio's socket object: the same methods, those that may block asynchronous.
+        return cast("socket.socket", self._stream.socket)
+
+    async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
+        with _trio_exceptions_translated():
+            data = await self._stream.receive_some(max_bytes)
+        if not data:
+            raise EndOfStream
+        return bytes(data)
+
+    async def send(self, item: bytes) -> None:
+        with _trio_exceptions_translated():
+            await self._stream.send_all(item)
+
+    async def send_eof(self) -> None:
+        with _trio_exceptions_translated():
+            await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+@contextmanager
+def _trio_exceptions_translated() -> Iterator[None]:
+    trio = sys.modules["trio"]
+    try:
+        yield
+    except trio.BrokenResourceError as exc:
+        raise BrokenResourceError(str(exc)) from exc.__cause__
+    except trio.ClosedResourceError as exc:
+        raise anyio.ClosedResourceError(str(exc)) from None
+    except trio.BusyResourceError:
+        raise anyio.BusyResourceError("using") from None
+
+
+def foreign(stream: object) -> ForeignStream:
+    """*stream*, checked and ready to be armed.
+
+    Raises:
+      TypeError: not a byte stream over TCP; the message says what is missing.
+      anyio.ClosedResourceError: it is closed.
+      RuntimeError: it could not be reset on this platform.
+    """
+    adapted = stream
+    trio = sys.modules.get("trio")  # whoever has one of its streams has imported it
+    if trio is not None and isinstance(stream, trio.SocketStream):
+        adapted = TrioStream(cast("trio.SocketStream", stream))
+    if not isinstance(adapted, ByteStream):
+        raise TypeError(
+            "connection_scope() takes a byte stream over TCP (anyio.abc.ByteStream or "
+            f"trio.SocketStream), not {type(stream).__qualname__}"
+        )
+    owned = adapted.extra(SocketAttribute.raw_socket, None)
+    if owned is None:
+        raise TypeError(
+            f"{type(stream).__qualname__} is not a TCP connection: it has no "
+            "SocketAttribute.raw_socket"
+        )
+    _sockets.refuse_unless_tcp(owned, stream)
+    reason = _sockets.why_not_resettable()
+    if reason is not None:
+        raise RuntimeError(f"connection_scope() cannot reset this stream: {reason}")
+    return ForeignStream(adapted, stream)

@@ -1,0 +1,149 @@
+"""A byte stream straight on a non-blocking TCP socket.
+
+One implementation for asyncio, uvloop and Trio, on AnyIO's public `wait_readable`,
+`wait_writable` and `notify_closing`. It knows to the byte what the kernel took.
+"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from anyio import move_on_after, notify_closing, wait_readable, wait_writable
+from anyio.lowlevel import checkpoint
+
+from . import _sockets
+from ._peer import PeerClose
+from ._stream import RECEIVE_SIZE, EndableStream
+
+if TYPE_CHECKING:
+    from ._drain import Drain
+
+# Reads of the drain before it lets other tasks run: 1 MiB.
+READS_PER_TURN = 16
+
+
+class NativeStream(EndableStream):
+    """A complete `anyio.abc.SocketStream` on the non-blocking *sock*, which it owns."""
+
+    def __init__(
+        self, sock: socket.socket, remote_address: tuple[str, int] | None
+    ) -> None:
+        super().__init__(remote_address)
+        self._sock = sock
+
+    @property
+    def _raw_socket(self) -> socket.socket:
+        return self._sock
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        await checkpoint()
+        while True:
+            self._refuse_if_closed()
+            try:
+                return self._sock.recv(max_bytes)
+            except BlockingIOError:
+                await wait_readable(self._sock)
+            except OSError as exc:
+                raise self._lost(exc) from exc
+
+    async def _send(self, item: bytes) -> None:
+        view = memoryview(item).cast("B")
+        await checkpoint()
+        while True:
+            self._refuse_if_closed()
+            try:
+                taken = self._sock.send(view)
+            except BlockingIOError:
+                await wait_writable(self._sock)
+            except OSError as exc:
+                raise self._lost(exc) from exc
+            else:
+                view = view[taken:]
+                self.mid_send = bool(view)
+                if not self.mid_send:
+                    return
+
+    async def _send_eof(self) -> None:
+        with suppress(OSError):  # gone already: the next receive() says how
+            self._sock.shutdown(socket.SHUT_WR)
+
+    async def aclose(self) -> None:
+        if not self._closed:
+            self.close()
+        await checkpoint()
+
+    def arm(self) -> None:
+        _sockets.arm(self._sock)
+
+    def reset(self) -> None:
+        self._measure()
+        _sockets.reset(self._sock)
+        self._close()
+
+    def send_fin(self) -> bool:
+        self._closed = True
+        self._wake()
+        self.eof_sent = _sockets.finish(self._sock)
+        return self.eof_sent
+
+    async def drain(self, limits: Drain) -> None:
+        while self._receiving:
+            # On asyncio, AnyIO forgets a waiter by its descriptor. One that was woken
+            # has to be gone before the drain waits for the same descriptor.
+            await checkpoint()
+        if self.peer is not PeerClose.NONE or self._discard(limits):
+            return
+        self._receiving = True
+        try:
+            with move_on_after(limits.timeout):
+                while True:
+                    await wait_readable(self._sock)
+                    if self._discard(limits):
+                        return
+        finally:
+            self._receiving = False
+
+    def _discard(self, limits: Drain) -> bool:
+        """Discard what has arrived; True when there is nothing more to wait for."""
+        for _ in range(READS_PER_TURN):
+            size = RECEIVE_SIZE
+            if limits.max_bytes is not None:
+                size = min(size, limits.max_bytes - self.discarded)
+                if size == 0:
+                    return True
+            try:
+                data = self._sock.recv(size)
+            except BlockingIOError:
+                return False
+            except OSError as exc:
+                self._lost(exc)
+                return True
+            if not data:
+                if self._loss is None:
+                    self.peer = PeerClose.FIN
+                return True
+            self.discarded += len(data)
+        return False
+
+    def close(self) -> None:
+        self._measure()
+        self._close()
+
+    def release(self) -> NativeStream:
+        _sockets.disarm(self._sock)
+        return self
+
+    def _close(self) -> None:
+        self._closed = True
+        self._wake()
+        self._sock.close()
+
+    def _measure(self) -> None:
+        self.unacknowledged = _sockets.unacknowledged(self._sock, fin_sent=self.eof_sent)
+
+    def _wake(self) -> None:
+        if self.busy and self._sock.fileno() != -1:
+            with suppress(RuntimeError):  # no event loop: nobody is waiting
+                notify_closing(self._sock)

@@ -1,0 +1,251 @@
+"""What the platform does to a TCP socket: every option, ioctl and errno.
+
+This is the one place that knows on which platform it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib.metadata
+import socket
+import struct
+import sys
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# The connection is gone because the peer reset it. Linux says ECONNRESET, once; after
+# that, and for a reset that follows the peer's FIN, it says EPIPE (tcp_reset() in
+# net/ipv4/tcp_input.c). Windows calls the first WSAECONNRESET.
+RESET_ERRNOS = frozenset({errno.ECONNRESET, errno.EPIPE})
+
+# accept() failed for want of a resource: what waits in the backlog can be had later.
+CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+# accept() failed for the one connection it was about to return: take the next one.
+# "Linux accept() passes already-pending network errors on the new socket as an error
+# code from accept()": accept(2), Error handling. EPERM: a firewall forbids it.
+LOST_CLIENT_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "ECONNABORTED",
+        "ECONNRESET",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "ENETUNREACH",
+        "ENONET",
+        "ENOPROTOOPT",
+        "EOPNOTSUPP",
+        "EPERM",
+        "EPROTO",
+        "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+)
+
+# Whether accepted sockets have the listening socket's SO_LINGER and TCP_NODELAY.
+# Measured on Linux; elsewhere each accepted socket is armed by itself.
+ACCEPTED_SOCKETS_INHERIT = sys.platform == "linux"
+
+# struct linger: two ints (socket(7)), on Windows two unsigned shorts (winsock2.h).
+_LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
+_LINGER_RESET = _LINGER.pack(1, 0)
+_LINGER_OFF = _LINGER.pack(0, 0)
+
+
+class SocketLike(Protocol):
+    """What asyncio, uvloop and Trio show of a socket that is theirs."""
+
+    @property
+    def family(self) -> Any: ...
+    @property
+    def type(self) -> Any: ...
+    @property
+    def proto(self) -> int: ...
+    def fileno(self) -> int: ...
+
+
+@contextmanager
+def borrowed(owned: SocketLike) -> Iterator[socket.socket]:
+    """A socket object on a descriptor that goes on belonging to *owned*.
+
+    What asyncio and uvloop show of their sockets lacks half of the methods.
+
+    Raises:
+      OSError: EBADF, when *owned* is closed already.
+    """
+    descriptor = owned.fileno()
+    if descriptor == -1:
+        raise OSError(errno.EBADF, "the socket is closed")
+    sock = socket.socket(owned.family, owned.type, owned.proto, fileno=descriptor)
+    try:
+        yield sock
+    finally:
+        sock.detach()
+
+
+def host_and_port(address: tuple[Any, ...]) -> tuple[str, int]:
+    """(host, port) of a socket address; an IPv6 scope becomes a part of the host."""
+    host, port, *rest = address
+    if len(rest) == 2 and rest[1]:
+        host = f"{host.split('%')[0]}%{rest[1]}"
+    return host, port
+
+
+def prepare_listener(sock: socket.socket) -> None:
+    """Make *sock* pass on what every accepted connection needs: armed, no delay."""
+    if ACCEPTED_SOCKETS_INHERIT:
+        prepare_accepted(sock)
+    sock.setblocking(False)
+
+
+def prepare_accepted(sock: socket.socket) -> None:
+    """Arm *sock* and send small segments at once (TCP_NODELAY, tcp(7))."""
+    arm(sock)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def arm(sock: socket.socket) -> None:
+    """Let whatever closes *sock*, the end of the process included, send an RST.
+
+    SO_LINGER {1, 0}: socket(7), and "abortive close" of RFC 9293, 3.10.5.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+
+
+def disarm(sock: socket.socket) -> None:
+    """Take :func:`arm` back: closing sends a FIN again."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
+
+
+def duplicate(sock: socket.socket) -> socket.socket:
+    """A second, non-blocking socket object for the connection of *sock*."""
+    sock.setblocking(False)  # dup() hands its mode on, to both
+    return sock.dup()
+
+
+def finish(sock: socket.socket) -> bool:
+    """Disarm *sock* and send the FIN behind everything that was sent.
+
+    Returns:
+      False when there was no connection left to finish: the peer had reset it, or it
+      had timed out. No FIN was sent then.
+    """
+    try:
+        disarm(sock)
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        return False
+    return True
+
+
+def reset(sock: socket.socket) -> None:
+    """Send the RST. The descriptor stays with its owner, who closes it afterwards.
+
+    On Linux the RST goes out in this call, even while another process holds a copy of
+    the descriptor or an asyncio transport sits on it. Elsewhere it goes out when the
+    last copy is closed. A connection that is gone already is left alone.
+    """
+    with suppress(OSError):
+        arm(sock)
+        _dissolve(sock)
+
+
+if sys.platform == "linux":
+    import ctypes
+
+    _connect = ctypes.CDLL(None).connect
+    _connect.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    # struct sockaddr {sa_family = AF_UNSPEC}; the socket module cannot spell it.
+    _UNSPECIFIED = struct.pack("H14x", socket.AF_UNSPEC)
+
+    def _dissolve(sock: socket.socket) -> None:
+        # connect(2): "TCP sockets may dissolve the association by connecting to an
+        # address with the sa_family member set to AF_UNSPEC". It resets the connection.
+        _connect(sock.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
+
+    from fcntl import ioctl
+    from termios import TIOCOUTQ
+
+    def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
+        """Bytes sent that the peer's TCP has not acknowledged; None if it can't tell.
+
+        SIOCOUTQ of tcp(7), which counts the FIN as one byte more.
+        """
+        try:
+            answer = ioctl(sock.fileno(), TIOCOUTQ, b"\0" * 4)
+        except OSError:
+            return None
+        queued: int = struct.unpack("i", answer)[0]
+        return queued - 1 if fin_sent and queued else queued
+
+    RESETS_UNDER_A_TRANSPORT = True
+else:
+
+    def _dissolve(sock: socket.socket) -> None:
+        """Only Linux documents it; the linger option resets on close."""
+
+    def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
+        """Bytes sent that the peer's TCP has not acknowledged: not known here."""
+        return None
+
+    RESETS_UNDER_A_TRANSPORT = False
+
+
+def why_not_resettable() -> str | None:
+    """Why a stream of the running event loop could not be reset, or None.
+
+    Where a connection cannot be dissolved under an asyncio transport, the RST depends
+    on how the transport is closed, and some send a FIN first.
+    """
+    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
+    if RESETS_UNDER_A_TRANSPORT or not on_asyncio:
+        return None
+    proactor = getattr(asyncio, "ProactorEventLoop", None)
+    if proactor is not None and isinstance(asyncio.get_running_loop(), proactor):
+        return "asyncio's ProactorEventLoop sends a FIN before it closes a socket"
+    if _anyio_version() < (4, 16):
+        return (
+            f"AnyIO {importlib.metadata.version('anyio')} sends a FIN before it closes "
+            "an asyncio stream; 4.16 does not"
+        )
+    return None
+
+
+def _anyio_version() -> tuple[int, ...]:
+    major, minor = importlib.metadata.version("anyio").split(".")[:2]
+    return int(major), int(minor)
+
+
+def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:
+    """Check that *owned*, found under *stream*, is a connected TCP socket.
+
+    Raises:
+      anyio.ClosedResourceError: it is closed.
+      TypeError: it is a socket of another kind; the message says which.
+    """
+    name = type(stream).__qualname__
+    if owned.family not in (socket.AF_INET, socket.AF_INET6):
+        family = getattr(owned.family, "name", owned.family)
+        raise TypeError(
+            f"{name} is not a TCP connection: its socket is {family}, and only TCP "
+            "(AF_INET or AF_INET6) has an RST"
+        )
+    if owned.type != socket.SOCK_STREAM:
+        kind = getattr(owned.type, "name", owned.type)
+        raise TypeError(f"{name} is not a TCP connection: its socket is {kind}")
+    try:
+        with borrowed(owned) as sock:
+            listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        raise anyio.ClosedResourceError(
+            f"the {name} is closed already, by its owner or because it broke"
+        ) from None
+    if listening:
+        raise TypeError(f"{name} is not a TCP connection: its socket is listening")

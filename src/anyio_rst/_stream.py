@@ -1,0 +1,177 @@
+"""What a connection needs of the stream under it: I/O, and the parts of an ending."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from anyio import (
+    BrokenResourceError,
+    BusyResourceError,
+    ClosedResourceError,
+    EndOfStream,
+)
+from anyio.abc import SocketStream
+from anyio.lowlevel import checkpoint
+
+from ._peer import PeerClose, PeerReset
+from ._sockets import RESET_ERRNOS
+
+if TYPE_CHECKING:
+    from ._drain import Drain
+
+# One read at the most: what AnyIO and Trio take.
+RECEIVE_SIZE = 65536
+
+
+class EndableStream(SocketStream):
+    """A TCP byte stream that remembers what matters for its ending.
+
+    The public half has AnyIO's exact meanings. An ending is :meth:`reset`, or
+    :meth:`send_fin`, :meth:`drain` and :meth:`close` in this order.
+    """
+
+    def __init__(self, remote_address: tuple[str, int] | None) -> None:
+        self.remote_address = remote_address
+        self.peer = PeerClose.NONE
+        self.mid_send = False  # some bytes of a send went out, and not the others
+        self.eof_sent = False
+        self.discarded = 0
+        self.unacknowledged: int | None = None
+        self._closed = False
+        self._receiving = False
+        self._sending = False
+        self._loss: BaseException | None = None
+
+    @property
+    def torn(self) -> bool:
+        """Whether a FIN would now pass a send off as whole that is not."""
+        return self.mid_send
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task is waiting in this stream."""
+        return self._receiving or self._sending
+
+    async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        if self._closed:
+            await checkpoint()
+            raise ClosedResourceError
+        if self._receiving:
+            raise BusyResourceError("reading from")
+        self._receiving = True
+        try:
+            data = await self._receive(max_bytes)
+        except BrokenResourceError:
+            self._refuse_if_closed()
+            raise
+        finally:
+            self._receiving = False
+        self._refuse_if_closed()
+        if data:
+            return data
+        if self._loss is not None:
+            # The kernel tells of a loss once, and then of an end like any other.
+            raise self._lost(self._loss) from self._loss
+        self.peer = PeerClose.FIN
+        raise EndOfStream
+
+    async def send(self, item: bytes) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            if self._closed or self.eof_sent or self.mid_send:
+                await checkpoint()
+                self._refuse_to_send()
+            await self._send(item)
+        except BrokenResourceError:
+            self._refuse_if_closed()
+            raise
+        finally:
+            self._sending = False
+
+    async def send_eof(self) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            await checkpoint()
+            if not self.eof_sent or self._closed:
+                self._refuse_to_send()
+                self.eof_sent = True
+                await self._send_eof()
+        finally:
+            self._sending = False
+
+    @abstractmethod
+    async def _receive(self, max_bytes: int) -> bytes:
+        """Some bytes, or none at the end."""
+
+    @abstractmethod
+    async def _send(self, item: bytes) -> None:
+        """All of it, with :attr:`mid_send` true for as long as a part is missing.
+
+        Raises:
+          TypeError: *item* is not bytes-like; nothing was sent.
+        """
+
+    @abstractmethod
+    async def _send_eof(self) -> None:
+        """Shut down writing."""
+
+    @abstractmethod
+    def arm(self) -> None:
+        """Let every end but :meth:`send_fin` be an RST."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Send the RST and close. Synchronous, and good without an event loop."""
+
+    @abstractmethod
+    def send_fin(self) -> bool:
+        """Close to the users, disarm, and send the FIN behind what they sent.
+
+        Returns:
+          False when the connection was gone: no FIN was sent.
+        """
+
+    @abstractmethod
+    async def drain(self, limits: Drain) -> None:
+        """Read and discard until the peer's FIN or a limit.
+
+        What is found goes to :attr:`discarded` and :attr:`peer`.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the socket as it is, armed or disarmed."""
+
+    @abstractmethod
+    def release(self) -> object:
+        """Disarm, and return the stream that the next owner knows."""
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ClosedResourceError
+
+    def _refuse_to_send(self) -> None:
+        if self._closed or self.eof_sent:
+            raise ClosedResourceError
+        if self.mid_send:
+            raise BrokenResourceError(
+                "an earlier send() was cut short after some of its bytes: whatever "
+                "followed would be garbage to the peer"
+            )
+
+    def _lost(self, exc: BaseException) -> BrokenResourceError:
+        """Remember the first loss, and make the exception that tells of it."""
+        if self._loss is None:
+            self._loss = exc
+            if isinstance(exc, OSError) and exc.errno in RESET_ERRNOS:
+                self.peer = PeerClose.RST
+        if self.peer is PeerClose.RST:
+            return PeerReset(f"the peer reset the connection ({self._loss})")
+        return BrokenResourceError(f"the connection was lost ({self._loss})")

@@ -1,0 +1,195 @@
+"""A task group whose failure ends a connection at once."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+
+from ._ending import Cause, cause_of_exit
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from contextvars import Context
+    from types import TracebackType
+
+    from anyio import TaskHandle
+    from anyio.abc import TaskStatus
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+
+class ConnectionTaskGroup(TaskGroup):
+    """An AnyIO task group that tells of a failure when it happens.
+
+    An ordinary group raises when its last child is done, after every shielded clean-up.
+    This one calls *reset* before that, at the first of:
+
+    - a child, or the body of the group, leaves with an exception;
+    - a cancellation from outside arrives: at the body, at a child or at the wait for
+      the children.
+
+    Not failures: cancelling the group (`cancel_scope`), or one child by its handle, and
+    an exception of *finish_on*.
+    """
+
+    def __init__(
+        self,
+        reset: Callable[[Cause], None],
+        finish_on: tuple[type[BaseException], ...],
+    ) -> None:
+        # A scope of its own around AnyIO's group: AnyIO cancels the group's scope by
+        # itself as well, and then it could not be told who did.
+        self.cancel_scope = anyio.CancelScope()
+        self._reset = reset
+        self._finish_on = finish_on
+        self._group = anyio.create_task_group()
+        self._stack = AsyncExitStack()
+        self._children = 0
+        self._childless: anyio.Event | None = None
+        self._winding_down = False
+
+    async def __aenter__(self) -> Self:
+        self._stack.enter_context(self.cancel_scope)
+        await self._stack.enter_async_context(self._group)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> bool:
+        try:
+            async with self._stack:
+                try:
+                    if exc_val is not None:
+                        raise exc_val
+                    await self._wait_for_children()
+                except BaseException as exc:
+                    self._left_by(exc)
+                    raise
+        except BaseException as exc:
+            if exc is exc_val:
+                return False
+            raise
+        return True
+
+    async def _wait_for_children(self) -> None:
+        while self._children:
+            self._childless = anyio.Event()
+            await self._childless.wait()
+
+    def _left_by(self, exc: BaseException, *, cancelled_alone: bool = False) -> None:
+        cause = cause_of_exit(exc, self._finish_on)
+        if cause is Cause.FINISH_ON:
+            self._winding_down = True  # AnyIO cancels the others: no failure either
+        elif cause is not Cause.CANCELLED:
+            self._reset(Cause.GROUP_FAILED)
+        elif not (
+            cancelled_alone or self._winding_down or self.cancel_scope.cancel_called
+        ):
+            self._reset(Cause.CANCELLED)
+
+    async def _run(self, child: _Child, running: Awaitable[T]) -> T:
+        try:
+            return await running
+        except BaseException as exc:
+            if child.has_started:
+                self._left_by(exc, cancelled_alone=child.cancelled_alone)
+            raise
+        finally:
+            self._children -= 1
+            if not self._children and self._childless is not None:
+                self._childless.set()
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: object = None,
+        context: Context | None = None,
+    ) -> TaskHandle[T]:
+        if not isinstance(coro, Coroutine):
+            raise TypeError(f"expected a coroutine, got {type(coro).__qualname__}")
+        child = _Child()
+        running = self._run(child, coro)
+        if name is None:
+            name = getattr(coro, "__qualname__", None)
+        self._children += 1
+        try:
+            child.handle = self._group.create_task(running, name=name, context=context)
+        except BaseException:
+            self._children -= 1
+            coro.close()
+            raise
+        return child.handle
+
+    if not hasattr(TaskGroup, "create_task"):  # before AnyIO 4.14
+
+        def start_soon(  # type: ignore[misc, override]
+            self,
+            func: Callable[..., Awaitable[Any]],
+            *args: Any,
+            name: object = None,
+        ) -> None:
+            async def run() -> None:
+                await self._run(_Child(), func(*args))
+
+            self._children += 1
+            try:
+                self._group.start_soon(run, name=name or _name_of(func))
+            except BaseException:
+                self._children -= 1
+                raise
+
+    async def start(
+        self,
+        func: Callable[..., Coroutine[Any, Any, Any]],
+        *args: object,
+        name: object = None,
+        **kwargs: Any,
+    ) -> Any:
+        child: _Child | None = None
+
+        async def run(*, task_status: TaskStatus[Any]) -> Any:
+            nonlocal child
+            self._children += 1
+            child = _Child(task_status)
+            return await self._run(child, func(*args, task_status=child))
+
+        name = name or _name_of(func)
+        started = await self._group.start(run, name=name, **kwargs)
+        if child is not None and kwargs.get("return_handle"):
+            child.handle = started
+        return started
+
+
+class _Child:
+    """A child task, and the `task_status` of one that has to start first."""
+
+    def __init__(self, task_status: TaskStatus[Any] | None = None) -> None:
+        # Until it has started, its failure is that of the task that waits for it.
+        self.has_started = task_status is None
+        self.handle: TaskHandle[Any] | None = None
+        self._task_status = task_status
+
+    def started(self, value: Any = None) -> None:
+        assert self._task_status is not None
+        self._task_status.started(value)
+        self.has_started = True
+
+    @property
+    def cancelled_alone(self) -> bool:
+        """Whether it was cancelled by its own handle."""
+        if self.handle is None:
+            return False
+        return self.handle.status is type(self.handle).Status.CANCELLING
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    return f"{getattr(func, '__module__', '')}.{getattr(func, '__qualname__', func)}"

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+BACKENDS: list[Any] = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    pytest.param(("trio", {}), id="trio"),
+]
+
+# Ways for a handler to come by its connection: see serving.serve().
+KINDS = ["native", "foreign", "buffered"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "anyio_backend" not in metafunc.fixturenames:
+        return
+    if "kind" not in metafunc.fixturenames:
+        metafunc.parametrize("anyio_backend", BACKENDS, indirect=True)
+        return
+    pairs = [
+        pytest.param(backend.values[0], kind, id=f"{backend.id}-{kind}")
+        for backend in BACKENDS
+        for kind in KINDS
+    ]
+    pairs.append(pytest.param(("trio", {}), "trio", id="trio-trio"))
+    metafunc.parametrize(("anyio_backend", "kind"), pairs, indirect=["anyio_backend"])
+
+
+@pytest.fixture
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def open_descriptors() -> set[str]:
+    """What each of this process' descriptors is: a path, a pipe, a socket."""
+    found: set[str] = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            found.add(f"{descriptor}: {os.readlink(f'/proc/self/fd/{descriptor}')}")
+        except FileNotFoundError:  # the one that listdir() used
+            pass
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_left_behind() -> Iterator[None]:
+    before = open_descriptors()
+    yield
+    left = open_descriptors() - before
+    if left:
+        gc.collect()  # exceptions may keep frames, and with them sockets, alive
+        left = open_descriptors() - before
+    assert not left

@@ -1,0 +1,239 @@
+"""A server for a test, and the peer that judges it."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import outcome
+import trio
+from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.stapled import StapledByteStream
+
+from anyio_rst import (
+    CloseKind,
+    Connection,
+    Ending,
+    PeerClose,
+    connection_scope,
+    serve_tcp,
+)
+
+# For what must happen in a test that passes: only a failure ever waits this long.
+LONG = 20.0
+
+Handler = Callable[[Connection], Awaitable[object]]
+
+
+@dataclass
+class Seen:
+    """What a plain blocking socket saw of a connection, from its start to its end."""
+
+    data: bytes
+    close: PeerClose
+
+
+class Peer:
+    """A plain blocking TCP socket. Its calls run in a thread, so they may block."""
+
+    def __init__(self, port: int, *, host: str = "127.0.0.1", buffer: int = 0) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.sock = socket.socket(family)
+        if buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self.sock.settimeout(LONG)
+        # A connection to a listening socket needs nobody to accept it.
+        self.sock.connect((host, port))
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.sock.close()
+
+    async def send(self, data: bytes) -> None:
+        await anyio.to_thread.run_sync(self.sock.sendall, data)
+
+    def send_eof(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    async def receive(self, size: int) -> bytes:
+        """Exactly *size* bytes."""
+
+        def read() -> bytes:
+            data = b""
+            while len(data) < size:
+                chunk = self.sock.recv(size - len(data))
+                assert chunk, f"FIN after {data!r}"
+                data += chunk
+            return data
+
+        return await anyio.to_thread.run_sync(read)
+
+    async def read_to_end(self, *, timeout: float = LONG) -> Seen:
+        def read() -> Seen:
+            self.sock.settimeout(timeout)
+            data = bytearray()
+            try:
+                while chunk := self.sock.recv(65536):
+                    data += chunk
+            except ConnectionResetError:
+                return Seen(bytes(data), PeerClose.RST)
+            except TimeoutError:
+                return Seen(bytes(data), PeerClose.NONE)
+            return Seen(bytes(data), PeerClose.FIN)
+
+        return await anyio.to_thread.run_sync(read)
+
+
+@dataclass
+class Served:
+    """One connection of the server, from its handler's side."""
+
+    connection: Connection
+    raised: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.over = anyio.Event()
+
+    async def ending(self) -> Ending:
+        with anyio.fail_after(LONG):
+            await self.over.wait()
+        assert self.connection.ending is not None
+        return self.connection.ending
+
+
+class Service:
+    """A running server of one of the kinds."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._send, self._receive = anyio.create_memory_object_stream[Served](1000)
+
+    async def next(self) -> Served:
+        """The next connection that was accepted."""
+        with anyio.fail_after(LONG):
+            return await self._receive.receive()
+
+    async def ending(self) -> Ending:
+        """How the next connection ended."""
+        return await (await self.next()).ending()
+
+    def connect(self, **options: Any) -> Peer:
+        return Peer(self.port, **options)
+
+    def close(self) -> None:
+        self._send.close()
+        self._receive.close()
+
+
+def buffered(stream: anyio.abc.ByteStream) -> anyio.abc.ByteStream:
+    return StapledByteStream(stream, BufferedByteReceiveStream(stream))
+
+
+@asynccontextmanager
+async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Service]:
+    """Serve *handler* on loopback.
+
+    *kind* says on what its connections run: "native" (`serve_tcp`), "foreign" (AnyIO's
+    own stream in a `connection_scope`), "buffered" (a buffered stream around that one)
+    or "trio" (a `trio.SocketStream`). *options* are those of `connection_scope`.
+    """
+    overs: dict[Connection, anyio.Event] = {}
+    service = Service(0)
+
+    async def observed(connection: Connection) -> object:
+        served = Served(connection)
+        overs[connection] = served.over
+        service._send.send_nowait(served)
+        try:
+            return await handler(connection)
+        except BaseException as exc:
+            served.raised = exc
+            raise
+
+    async def in_scope(stream: Any) -> None:
+        if kind == "buffered":
+            stream = buffered(stream)
+        connection = None
+        try:
+            async with connection_scope(stream, **options) as connection:
+                await observed(connection)
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException:  # recorded; the server goes on
+            pass
+        finally:
+            if connection is not None:
+                overs[connection].set()
+
+    try:
+        async with anyio.create_task_group() as tg:
+            if kind == "native":
+
+                def on_ending(connection: Connection) -> None:
+                    overs[connection].set()
+
+                async def serve_native(*, task_status: Any) -> None:
+                    await serve_tcp(
+                        observed,
+                        host="127.0.0.1",
+                        on_ending=on_ending,
+                        task_status=task_status,
+                        **options,
+                    )
+
+                service.port = (await tg.start(serve_native)).port
+                yield service
+            elif kind == "trio":
+                async with trio.open_nursery() as nursery:
+                    listeners: Any = await nursery.start(
+                        lambda task_status: trio.serve_tcp(
+                            in_scope, 0, host="127.0.0.1", task_status=task_status
+                        )
+                    )
+                    service.port = listeners[0].socket.getsockname()[1]
+                    yield service
+                    nursery.cancel_scope.cancel()
+            else:
+                async with await anyio.create_tcp_listener(
+                    local_host="127.0.0.1"
+                ) as listener:
+                    service.port = listener.extra(anyio.abc.SocketAttribute.local_port)
+                    tg.start_soon(listener.serve, in_scope)
+                    yield service
+                    tg.cancel_scope.cancel()
+                    with anyio.CancelScope(shield=True):
+                        await anyio.lowlevel.checkpoint()
+            tg.cancel_scope.cancel()
+    finally:
+        service.close()
+
+
+def assert_ended_as(seen: Seen, ending: Ending) -> None:
+    """What the peer saw is what the ending says."""
+    if ending.kind is CloseKind.FIN:
+        assert seen.close is PeerClose.FIN
+    elif ending.kind is CloseKind.RST and not ending.fin_sent_before_reset:
+        assert seen.close is PeerClose.RST
+
+
+def value_of(ending: Ending) -> object:
+    assert isinstance(ending.outcome, outcome.Value)
+    return ending.outcome.value
+
+
+def error_of(ending: Ending) -> BaseException:
+    assert isinstance(ending.outcome, outcome.Error)
+    return ending.outcome.error
