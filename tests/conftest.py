@@ -3,8 +3,11 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 BACKENDS: list[Any] = [
@@ -37,14 +40,20 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def process_wide_descriptors() -> None:
+    """Let what a loop opens once in a process (libuv: a pipe) be open from the start."""
+    for backend in BACKENDS:
+        name, options = backend.values[0]
+        anyio.run(anyio.lowlevel.checkpoint, backend=name, backend_options=options)
+
+
 def open_descriptors() -> set[str]:
     """What each of this process' descriptors is: a path, a pipe, a socket."""
     found: set[str] = set()
     for descriptor in os.listdir("/proc/self/fd"):
-        try:
+        with suppress(FileNotFoundError):  # the one that listdir() used
             found.add(f"{descriptor}: {os.readlink(f'/proc/self/fd/{descriptor}')}")
-        except FileNotFoundError:  # the one that listdir() used
-            pass
     return found
 
 

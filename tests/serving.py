@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ import anyio.abc
 import anyio.to_thread
 import outcome
 import trio
-from anyio.streams.buffered import BufferedByteReceiveStream
-from anyio.streams.stapled import StapledByteStream
+from anyio.streams.buffered import BufferedByteStream
 
 from anyio_rst import (
     CloseKind,
@@ -138,10 +137,6 @@ class Service:
         self._receive.close()
 
 
-def buffered(stream: anyio.abc.ByteStream) -> anyio.abc.ByteStream:
-    return StapledByteStream(stream, BufferedByteReceiveStream(stream))
-
-
 @asynccontextmanager
 async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Service]:
     """Serve *handler* on loopback.
@@ -165,7 +160,7 @@ async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Se
 
     async def in_scope(stream: Any) -> None:
         if kind == "buffered":
-            stream = buffered(stream)
+            stream = BufferedByteStream(stream)
         connection = None
         try:
             async with connection_scope(stream, **options) as connection:
@@ -179,7 +174,12 @@ async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Se
                 overs[connection].set()
 
     try:
-        async with anyio.create_task_group() as tg:
+        async with AsyncExitStack() as stack:
+            if kind not in ("native", "trio"):
+                # Entered before the task group, so that it is closed after that.
+                listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+                await stack.enter_async_context(listener)
+            tg = await stack.enter_async_context(anyio.create_task_group())
             if kind == "native":
 
                 def on_ending(connection: Connection) -> None:
@@ -207,15 +207,9 @@ async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Se
                     yield service
                     nursery.cancel_scope.cancel()
             else:
-                async with await anyio.create_tcp_listener(
-                    local_host="127.0.0.1"
-                ) as listener:
-                    service.port = listener.extra(anyio.abc.SocketAttribute.local_port)
-                    tg.start_soon(listener.serve, in_scope)
-                    yield service
-                    tg.cancel_scope.cancel()
-                    with anyio.CancelScope(shield=True):
-                        await anyio.lowlevel.checkpoint()
+                service.port = listener.extra(anyio.abc.SocketAttribute.local_port)
+                tg.start_soon(listener.serve, in_scope)
+                yield service
             tg.cancel_scope.cancel()
     finally:
         service.close()

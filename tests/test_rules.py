@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 import anyio
 import pytest
 from anyio import wait_all_tasks_blocked
+
+from anyio_rst import (
+    Cause,
+    CloseKind,
+    Connection,
+    Drain,
+    Ending,
+    PeerClose,
+    PeerReset,
+    connection_scope,
+)
+
 from serving import LONG, Handler, Peer, Seen, Service, error_of, serve, value_of
 
-from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose
-
 if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
+    from exceptiongroup import ExceptionGroup
 
 pytestmark = pytest.mark.anyio
 
@@ -345,32 +356,31 @@ async def test_aclose_wakes_a_receiver_and_drains(kind: str) -> None:
 async def test_body_ends_during_the_aclose_of_another_task(
     kind: str, fails: bool
 ) -> None:
-    async def close(conn: Connection) -> None:
-        await conn.aclose()
-        assert conn.ending is not None
-
     async def handler(conn: Connection) -> None:
-        async with anyio.create_task_group() as tg:
-            async with conn_scope(conn):
-                tg.start_soon(close, conn)
-                await wait_all_tasks_blocked()
-                assert conn.ending is None  # draining
-                if fails:
-                    raise Failure
+        with suppress(ExceptionGroup):
+            async with anyio.create_task_group() as tg:
+                async with connection_scope(conn, drain=Drain(timeout=LONG)) as inner:
+                    tg.start_soon(inner.aclose)
+                    await wait_all_tasks_blocked()
+                    assert inner.ending is None
+                    left_body.set()
+                    if fails:
+                        raise Failure
+                assert inner.ending is not None
 
-    from anyio_rst import connection_scope as conn_scope
-
-    async with serve(kind, handler, drain=Drain(timeout=LONG)) as service:
+    left_body = anyio.Event()
+    async with serve(kind, handler) as service:
         with service.connect() as peer:
             assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+            served = await service.next()
+            await left_body.wait()
             if not fails:
                 await wait_all_tasks_blocked()
-                assert (await service.next()).connection.ending is None
-                service_over = None
-            else:
-                service_over = await service.ending()
-    if service_over is not None:
-        assert (service_over.kind, service_over.cause) == (CloseKind.FIN, Cause.CLOSED)
+                assert served.connection.ending is None  # the body waits for the drain
+                peer.send_eof()
+            ending = await served.ending()
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.CLOSED)
+    assert ending.peer is (PeerClose.NONE if fails else PeerClose.FIN)
 
 
 async def test_abort_during_the_drain_ends_the_drain(kind: str) -> None:
@@ -500,14 +510,15 @@ async def test_send_that_waits_for_its_first_byte_at_exit_tears_nothing() -> Non
             async with conn:
                 tg.start_soon(send, conn)
                 await wait_all_tasks_blocked()
+                left_body.set()
 
     sent: list[int] = []
-    async with serve("native", handler) as service:
+    left_body = anyio.Event()
+    async with serve("native", handler, drain=Drain(timeout=LONG)) as service:
         with service.connect(buffer=4096) as peer:
-            await service.next()
-            await wait_all_tasks_blocked()
+            await left_body.wait()
             seen = await peer.read_to_end()
-    assert seen == Seen(bytes(sum(sent)), PeerClose.FIN)
+    assert (len(seen.data), seen.close) == (sum(sent), PeerClose.FIN)
 
 
 # Half-close.
@@ -574,8 +585,6 @@ async def peer_resets(service: Service) -> None:
 
 
 async def test_peer_reset_raises_peer_reset(kind: str) -> None:
-    from anyio_rst import PeerReset
-
     async def handler(conn: Connection) -> None:
         await conn.send(b"ready")
         with pytest.raises(PeerReset, match="reset"):
@@ -613,8 +622,6 @@ async def test_no_fin_is_claimed_on_a_connection_that_the_peer_had_reset(
 
 
 async def test_data_before_the_peers_reset_is_still_received(kind: str) -> None:
-    from anyio_rst import PeerReset
-
     got: list[bytes] = []
     go = anyio.Event()
 

@@ -90,18 +90,18 @@ class ForeignStream(EndableStream):
 
     def send_fin(self) -> bool:
         self._closed = True
-        self.eof_sent = False
+        fin_sent = False
         # The stream would answer unread input with an RST when it is closed, so its
         # socket lives on in a copy, for the drain. With no descriptor to be had for
         # that (EMFILE) there is no drain.
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
-            self.eof_sent = _sockets.finish(sock)
+            fin_sent = self._finish(sock)
             self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=True)
             if self.peer is PeerClose.NONE:
                 self._taken = NativeStream(_sockets.duplicate(sock), None)
                 self._taken.eof_sent = True
         self._close_stream()
-        return self.eof_sent
+        return fin_sent
 
     async def drain(self, limits: Drain) -> None:
         if self._taken is not None:
@@ -208,14 +208,14 @@ class TrioStream(SocketStream):
 
 @contextmanager
 def _trio_exceptions_translated() -> Iterator[None]:
-    trio = sys.modules["trio"]
+    loaded_trio = sys.modules["trio"]
     try:
         yield
-    except trio.BrokenResourceError as exc:
+    except loaded_trio.BrokenResourceError as exc:
         raise BrokenResourceError(str(exc)) from exc.__cause__
-    except trio.ClosedResourceError as exc:
+    except loaded_trio.ClosedResourceError as exc:
         raise anyio.ClosedResourceError(str(exc)) from None
-    except trio.BusyResourceError:
+    except loaded_trio.BusyResourceError:
         raise anyio.BusyResourceError("using") from None
 
 
@@ -228,8 +228,8 @@ def foreign(stream: object) -> ForeignStream:
       RuntimeError: it could not be reset on this platform.
     """
     adapted = stream
-    trio = sys.modules.get("trio")  # whoever has one of its streams has imported it
-    if trio is not None and isinstance(stream, trio.SocketStream):
+    loaded_trio = sys.modules.get("trio")  # whoever has a stream of it has imported it
+    if loaded_trio is not None and isinstance(stream, loaded_trio.SocketStream):
         adapted = TrioStream(cast("trio.SocketStream", stream))
     if not isinstance(adapted, ByteStream):
         raise TypeError(

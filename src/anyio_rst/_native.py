@@ -6,7 +6,6 @@ One implementation for asyncio, uvloop and Trio, on AnyIO's public `wait_readabl
 
 from __future__ import annotations
 
-import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ from ._peer import PeerClose
 from ._stream import RECEIVE_SIZE, EndableStream
 
 if TYPE_CHECKING:
+    import socket
+
     from ._drain import Drain
 
 # Reads of the drain before it lets other tasks run: 1 MiB.
@@ -66,8 +67,9 @@ class NativeStream(EndableStream):
                     return
 
     async def _send_eof(self) -> None:
-        with suppress(OSError):  # gone already: the next receive() says how
-            self._sock.shutdown(socket.SHUT_WR)
+        loss = _sockets.send_fin(self._sock)
+        if loss is not None:
+            raise self._lost(loss) from loss
 
     async def aclose(self) -> None:
         if not self._closed:
@@ -85,8 +87,7 @@ class NativeStream(EndableStream):
     def send_fin(self) -> bool:
         self._closed = True
         self._wake()
-        self.eof_sent = _sockets.finish(self._sock)
-        return self.eof_sent
+        return self._finish(self._sock)
 
     async def drain(self, limits: Drain) -> None:
         while self._receiving:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import importlib.metadata
+import os
 import socket
 import struct
 import sys
@@ -130,19 +131,19 @@ def duplicate(sock: socket.socket) -> socket.socket:
     return sock.dup()
 
 
-def finish(sock: socket.socket) -> bool:
-    """Disarm *sock* and send the FIN behind everything that was sent.
+def send_fin(sock: socket.socket) -> OSError | None:
+    """Send the FIN behind everything that was sent: shutdown(2).
 
     Returns:
-      False when there was no connection left to finish: the peer had reset it, or it
-      had timed out. No FIN was sent then.
+      None, or why there was no connection left to send it on: the error that ended it,
+      ENOTCONN if both sides had finished before.
     """
     try:
-        disarm(sock)
         sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        return False
-    return True
+    except OSError as exc:
+        pending = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return OSError(pending, os.strerror(pending)) if pending else exc
+    return None
 
 
 def reset(sock: socket.socket) -> None:

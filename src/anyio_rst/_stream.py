@@ -14,10 +14,12 @@ from anyio import (
 from anyio.abc import SocketStream
 from anyio.lowlevel import checkpoint
 
+from . import _sockets
 from ._peer import PeerClose, PeerReset
-from ._sockets import RESET_ERRNOS
 
 if TYPE_CHECKING:
+    import socket
+
     from ._drain import Drain
 
 # One read at the most: what AnyIO and Trio take.
@@ -101,8 +103,8 @@ class EndableStream(SocketStream):
             await checkpoint()
             if not self.eof_sent or self._closed:
                 self._refuse_to_send()
-                self.eof_sent = True
                 await self._send_eof()
+                self.eof_sent = True
         finally:
             self._sending = False
 
@@ -153,6 +155,16 @@ class EndableStream(SocketStream):
     def release(self) -> object:
         """Disarm, and return the stream that the next owner knows."""
 
+    def _finish(self, sock: socket.socket) -> bool:
+        """Disarm *sock* and send the FIN; see :meth:`send_fin`."""
+        _sockets.disarm(sock)
+        if not self.eof_sent:
+            loss = _sockets.send_fin(sock)
+            self.eof_sent = loss is None
+            if loss is not None:
+                self._lost(loss)
+        return self.eof_sent
+
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise ClosedResourceError
@@ -170,7 +182,7 @@ class EndableStream(SocketStream):
         """Remember the first loss, and make the exception that tells of it."""
         if self._loss is None:
             self._loss = exc
-            if isinstance(exc, OSError) and exc.errno in RESET_ERRNOS:
+            if isinstance(exc, OSError) and exc.errno in _sockets.RESET_ERRNOS:
                 self.peer = PeerClose.RST
         if self.peer is PeerClose.RST:
             return PeerReset(f"the peer reset the connection ({self._loss})")
