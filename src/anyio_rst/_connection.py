@@ -1,28 +1,13 @@
-"""The connection: a stream, and the way it ends.
-
-A connection is *open* until its verdict falls. An RST ends it in the same instant.
-After a FIN it is *finishing* until the drain is over, and only then has *ended*. Nothing
-leads back, and nothing that happens after the verdict changes it:
-
-============  ===========================  ============================
-              open                         finishing
-============  ===========================  ============================
-a FIN cause   send FIN: finishing          wait for the end
-an RST cause  send RST: ended              cut the drain short: ended
-`detach()`    hand the stream back: ended  `anyio.ClosedResourceError`
-============  ===========================  ============================
-"""
+"""The connection: a stream, and the way it ends."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anyio import (
     BusyResourceError,
     ClosedResourceError,
-    Event,
     TypedAttributeSet,
     typed_attribute,
 )
@@ -31,7 +16,8 @@ from anyio.lowlevel import checkpoint
 from outcome import Error, Value
 
 from ._ending import KIND_OF, Cause, CloseKind, Ending, cause_of_exit, verdict
-from ._foreign import LayeredStream, foreign
+from ._foreign import foreign
+from ._lifecycle import Lifecycle
 from ._stream import RECEIVE_SIZE
 from ._task_group import ConnectionTaskGroup
 
@@ -72,23 +58,22 @@ class Connection(SocketStream):
         *,
         finish_on: tuple[type[BaseException], ...],
         drain: Drain | None,
-        outer: Connection | None = None,
+        shared: Lifecycle | None = None,
     ) -> None:
         self._stream = stream
         self._finish_on = finish_on
         self._drain = drain
-        self._outer = outer
-        self._cause: Cause | None = None
-        self._fin_sent = False
+        self._life = Lifecycle(stream) if shared is None else shared
+        self._lender: object = None  # in a scope within a scope: what it was given
         self._outcome: Value[object] | Error | None = None
         self._ending: Ending | None = None
-        self._ended: Event | None = None
 
     def __repr__(self) -> str:
-        if self._ending is not None:
-            state = f"{self._ending.kind.value}, {self._ending.cause.value}"
+        ending = self._life.ending
+        if ending is not None:
+            state = f"{ending.kind.value}, {ending.cause.value}"
         else:
-            state = "open" if self._cause is None else "finishing"
+            state = "open" if self._life.is_open else "finishing"
         address = self._stream.remote_address
         peer = "an unknown peer" if address is None else f"{address[0]}:{address[1]}"
         return f"<Connection with {peer} ({state})>"
@@ -96,7 +81,11 @@ class Connection(SocketStream):
     @property
     def ending(self) -> Ending | None:
         """How the connection ended; None until then."""
-        return self._ending
+        ending = self._ending or self._life.ending
+        if ending is not None and ending.outcome is not self._outcome:
+            # Ended before the body was left, or by a scope within this one.
+            ending = self._ending = replace(ending, outcome=self._outcome)
+        return ending
 
     @property
     def _raw_socket(self) -> socket.socket:
@@ -124,8 +113,9 @@ class Connection(SocketStream):
           anyio.BusyResourceError: another task is receiving.
           ValueError: *max_bytes* is less than 1.
         """
-        if self._cause is Cause.DETACHED:
-            await self._refuse_detached()
+        if not self._life.is_open:
+            await checkpoint()
+            raise ClosedResourceError
         return await self._stream.receive(max_bytes)
 
     async def send(self, item: bytes) -> None:
@@ -142,8 +132,9 @@ class Connection(SocketStream):
           anyio.BusyResourceError: another task is sending.
           TypeError: *item* is not bytes-like.
         """
-        if self._cause is Cause.DETACHED:
-            await self._refuse_detached()
+        if not self._life.is_open:
+            await checkpoint()
+            raise ClosedResourceError
         await self._stream.send(item)
 
     async def send_eof(self) -> None:
@@ -158,8 +149,9 @@ class Connection(SocketStream):
           anyio.ClosedResourceError: the connection was ended here.
           anyio.BusyResourceError: another task is sending.
         """
-        if self._cause is Cause.DETACHED:
-            await self._refuse_detached()
+        if not self._life.is_open:
+            await checkpoint()
+            raise ClosedResourceError
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
@@ -169,10 +161,10 @@ class Connection(SocketStream):
         short before, the connection is reset all the same. Cancelled, it stops draining
         and closes at once.
         """
-        if self._cause is None:
+        if self._life.is_open:
             await self._end(Cause.CLOSED)
-        elif self._ending is None:
-            await self._wait_for_end()
+        else:
+            await self._life.wait()
         await checkpoint()
 
     def abort(self) -> None:
@@ -196,14 +188,16 @@ class Connection(SocketStream):
           anyio.BusyResourceError: a task is waiting in the connection.
           anyio.ClosedResourceError: the connection has ended.
         """
-        if self._cause is not None:
+        if not self._life.is_open:
             raise ClosedResourceError
         if self._stream.busy:
             raise BusyResourceError("using")
-        self._cause = Cause.DETACHED
-        self._record(CloseKind.DETACHED)
-        if self._outer is not None and self._outer._stream is self._stream:
-            return self._outer
+        if self._lender is not None:
+            # Only this scope lets go; the life that it shares goes on.
+            self._life = Lifecycle(self._stream)
+            self._life.detach()
+            return self._lender
+        self._life.detach()
         return self._stream.release()
 
     def create_task_group(self) -> TaskGroup:
@@ -224,80 +218,19 @@ class Connection(SocketStream):
         exc_tb: TracebackType | None,
     ) -> None:
         # AsyncResource would call aclose(), which is FIN, however the block was left.
-        if self._cause is None:
+        if self._life.is_open:
             await self._end(cause_of_exit(exc_val, self._finish_on))
 
     async def _end(self, cause: Cause) -> None:
         """The verdict falls: *cause*, unless a send was torn."""
-        cause = verdict(cause, torn=self._stream.torn)
-        if KIND_OF[cause] is CloseKind.RST:
+        cause = verdict(cause, torn=self._stream.mid_send or self._life.torn)
+        if KIND_OF[cause] is CloseKind.FIN:
+            await self._life.finish(cause, self._outcome, self._drain)
+        else:
             self._reset(cause)
-            return
-        self._cause = cause
-        self._fin_sent = self._stream.send_fin()
-        try:
-            if self._drain is not None and self._fin_sent:
-                with suppress(ClosedResourceError):  # another task cut it short
-                    await self._stream.drain(self._drain)
-        finally:
-            self._complete()
 
     def _reset(self, cause: Cause) -> None:
-        if self._cause is None:
-            self._cause = cause
-            fin_sent = self._stream.eof_sent
-            self._stream.reset()
-            self._record(CloseKind.RST, fin_sent_before_reset=fin_sent)
-        else:
-            self._complete()
-
-    def _complete(self) -> None:
-        if self._ending is None:
-            self._stream.close()
-            self._record(CloseKind.FIN if self._fin_sent else CloseKind.RST)
-
-    def _record(self, kind: CloseKind, *, fin_sent_before_reset: bool = False) -> None:
-        assert self._cause is not None
-        stream = self._stream
-        self._set_ending(
-            Ending(
-                kind=kind,
-                cause=self._cause,
-                outcome=self._outcome,
-                peer=stream.peer,
-                remote_address=stream.remote_address,
-                discarded=stream.discarded,
-                unacknowledged=stream.unacknowledged,
-                fin_sent_before_reset=fin_sent_before_reset,
-            )
-        )
-
-    def _set_ending(self, ending: Ending) -> None:
-        self._ending = ending
-        if self._ended is not None:
-            self._ended.set()
-        outer = self._outer
-        if (
-            outer is not None
-            and outer._ending is None
-            and ending.kind is not CloseKind.DETACHED
-        ):
-            outer._cause = ending.cause
-            outer._set_ending(replace(ending, outcome=outer._outcome))
-
-    def _set_outcome(self, outcome: Value[object] | Error) -> None:
-        self._outcome = outcome
-        if self._ending is not None:
-            self._ending = replace(self._ending, outcome=outcome)
-
-    async def _wait_for_end(self) -> None:
-        if self._ended is None:
-            self._ended = Event()
-        await self._ended.wait()
-
-    async def _refuse_detached(self) -> None:
-        await checkpoint()
-        raise ClosedResourceError
+        self._life.reset(cause, self._outcome)
 
 
 class ConnectionAttribute(TypedAttributeSet):
@@ -318,26 +251,30 @@ def open_connection(
       TypeError, anyio.ClosedResourceError, RuntimeError: see :func:`connection_scope`.
     """
     outer: Connection | None
-    wrapped: EndableStream
     if isinstance(stream, Connection):
         outer = stream
-        wrapped = outer._stream
+        under = outer._stream
     else:
-        wrapped = foreign(stream)
-        outer = wrapped.extra(ConnectionAttribute.connection, None)
-        if outer is not None:
-            wrapped = LayeredStream(wrapped, outer._stream)
-    if outer is not None and outer._cause is not None:
+        under = foreign(stream)
+        outer = under.extra(ConnectionAttribute.connection, None)
+    if outer is None:
+        return Connection(under, finish_on=finish_on, drain=drain)
+    if not outer._life.is_open:
         raise ClosedResourceError("the connection has ended")
-    return Connection(wrapped, finish_on=finish_on, drain=drain, outer=outer)
+    inner = Connection(under, finish_on=finish_on, drain=drain, shared=outer._life)
+    inner._lender = stream
+    return inner
 
 
 def arm(connection: Connection) -> None:
     """From here on every end but a FIN verdict is an RST."""
-    try:
-        connection._stream.arm()
-    except OSError:
-        raise ClosedResourceError from None
+    if connection._lender is None:
+        try:
+            connection._stream.arm()
+        except OSError:
+            raise ClosedResourceError from None
+    elif not connection._life.is_open:
+        raise ClosedResourceError("the connection has ended")
 
 
 async def run(
@@ -357,20 +294,15 @@ async def run(
 
 
 async def conclude(connection: Connection, outcome: Value[object] | Error) -> None:
-    """The body is left: end the connection accordingly, unless that was done before.
+    """The body is left: end the connection accordingly, if it has not ended before.
 
     A reset is over without a checkpoint.
     """
-    exc = outcome.error if isinstance(outcome, Error) else None
-    connection._set_outcome(outcome)
-    if connection._cause is None:
-        await connection._end(cause_of_exit(exc, connection._finish_on))
-    elif connection._ending is None:  # in the aclose() of another task
-        try:
-            if exc is None:
-                await connection._wait_for_end()
-        finally:
-            connection._complete()
+    connection._outcome = outcome
+    if isinstance(outcome, Error):
+        await connection._end(cause_of_exit(outcome.error, connection._finish_on))
+    else:
+        await connection._end(Cause.RETURNED)
 
 
 def cut_short(connection: Connection) -> None:

@@ -136,46 +136,6 @@ class ForeignStream(EndableStream):
             closing.close()
 
 
-class LayeredStream(ForeignStream):
-    """The I/O of a wrapper around a connection, and the ending of that connection."""
-
-    def __init__(self, wrapper: ForeignStream, inner: EndableStream) -> None:
-        super().__init__(wrapper._stream, wrapper._original)
-        self._inner = inner
-
-    @property
-    def torn(self) -> bool:
-        return self.mid_send or self._inner.torn
-
-    def arm(self) -> None:
-        pass  # the connection is armed
-
-    def reset(self) -> None:
-        self._closed = True
-        self._inner.reset()
-        self._report()
-
-    def send_fin(self) -> bool:
-        self._closed = True
-        self.eof_sent = self._inner.send_fin()
-        return self.eof_sent
-
-    async def drain(self, limits: Drain) -> None:
-        await self._inner.drain(limits)
-
-    def close(self) -> None:
-        self._inner.close()
-        self._report()
-
-    def release(self) -> object:
-        return self._original  # still the connection's, and armed
-
-    def _report(self) -> None:
-        self.peer = self._inner.peer
-        self.discarded = self._inner.discarded
-        self.unacknowledged = self._inner.unacknowledged
-
-
 class TrioStream(SocketStream):
     """Trio's stream with AnyIO's names and exceptions."""
 
@@ -236,7 +196,11 @@ def foreign(stream: object) -> ForeignStream:
             "connection_scope() takes a byte stream over TCP (anyio.abc.ByteStream or "
             f"trio.SocketStream), not {type(stream).__qualname__}"
         )
-    owned = adapted.extra(SocketAttribute.raw_socket, None)
+    try:
+        owned = adapted.extra(SocketAttribute.raw_socket, None)
+    except AttributeError:
+        # A closed transport of uvloop shows no socket, and AnyIO asks it all the same.
+        raise anyio.ClosedResourceError("the stream is closed already") from None
     if owned is None:
         raise TypeError(
             f"{type(stream).__qualname__} is not a TCP connection: it has no "

@@ -1,0 +1,344 @@
+"""`Connection.create_task_group()`: the reset comes with the failure, not after it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import anyio
+import pytest
+from anyio import wait_all_tasks_blocked
+from anyio.abc import TaskGroup, TaskStatus
+
+from anyio_rst import Cause, CloseKind, Connection, Ending, PeerClose
+
+from serving import Seen, serve
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+pytestmark = pytest.mark.anyio
+
+HAS_HANDLES = hasattr(TaskGroup, "create_task")
+
+
+class Failure(Exception):
+    pass
+
+
+class Stop(Exception):
+    pass
+
+
+class SlowCleanUp:
+    """A child whose shielded clean-up lasts until the test lets it end."""
+
+    def __init__(self) -> None:
+        self.running = anyio.Event()
+        self.may_end = anyio.Event()
+        self.ended = False
+
+    async def __call__(self) -> None:
+        try:
+            self.running.set()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.may_end.wait()
+                self.ended = True
+
+
+async def fail() -> None:
+    raise Failure
+
+
+def assert_fin(seen: Seen, ending: Ending, cause: Cause) -> None:
+    assert seen.close is PeerClose.FIN
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, cause)
+
+
+def assert_rst(seen: Seen, ending: Ending, cause: Cause) -> None:
+    assert seen.close is PeerClose.RST
+    assert (ending.kind, ending.cause) == (CloseKind.RST, cause)
+
+
+async def test_failing_child_resets_before_its_siblings_have_cleaned_up(
+    kind: str,
+) -> None:
+    sibling = SlowCleanUp()
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"half")
+        async with conn.create_task_group() as tg:
+            tg.start_soon(sibling)
+            await sibling.running.wait()
+            tg.start_soon(fail)
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            # The peer has seen the end while the sibling cannot have ended yet.
+            seen = await peer.read_to_end()
+            assert not sibling.ended
+            sibling.may_end.set()
+        served = await service.next()
+        ending = await served.ending()
+    assert seen == Seen(b"half", PeerClose.RST)
+    assert_rst(seen, ending, Cause.GROUP_FAILED)
+    assert isinstance(served.raised, ExceptionGroup)
+    assert [type(exc) for exc in served.raised.exceptions] == [Failure]
+
+
+async def test_failing_body_of_the_group_resets_before_the_children_have_cleaned_up(
+    kind: str,
+) -> None:
+    child = SlowCleanUp()
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            tg.start_soon(child)
+            await child.running.wait()
+            raise Failure
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+            assert not child.ended
+            child.may_end.set()
+        assert_rst(seen, await service.ending(), Cause.GROUP_FAILED)
+
+
+@pytest.mark.parametrize("host", ["in the body", "at the end", "shielded"])
+async def test_cancellation_from_outside_resets_before_the_children_have_cleaned_up(
+    kind: str, host: str
+) -> None:
+    child = SlowCleanUp()
+
+    async def handler(conn: Connection) -> None:
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            async with conn.create_task_group() as tg:
+                tg.start_soon(child)
+                if host == "in the body":
+                    await anyio.sleep_forever()
+                elif host == "shielded":
+                    with anyio.CancelScope(shield=True):
+                        await child.may_end.wait()
+
+    scopes: list[anyio.CancelScope] = []
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            await child.running.wait()
+            await wait_all_tasks_blocked()
+            scopes[0].cancel()
+            if host == "shielded":
+                # Only the child notices that, and has a clean-up of its own to end.
+                await wait_all_tasks_blocked()
+                child.may_end.set()
+            seen = await peer.read_to_end()
+            if host != "shielded":
+                assert not child.ended
+                child.may_end.set()
+        assert_rst(seen, await service.ending(), Cause.CANCELLED)
+
+
+@pytest.mark.parametrize("how", ["from the body", "from a child"])
+async def test_stopping_the_helpers_by_cancelling_the_group_finishes(
+    kind: str, how: str
+) -> None:
+    helper = SlowCleanUp()
+    helper.may_end.set()
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            tg.start_soon(helper)
+            await helper.running.wait()
+            if how == "from the body":
+                tg.cancel_scope.cancel()
+            else:
+
+                async def stop() -> None:
+                    tg.cancel_scope.cancel()
+
+                tg.start_soon(stop)
+        assert helper.ended
+        assert tg.cancel_scope.cancel_called
+        await conn.send(b"all of it")
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert seen.data == b"all of it"
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+async def test_children_that_return_finish(kind: str) -> None:
+    async def send(conn: Connection, data: bytes) -> None:
+        await conn.send(data)
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            tg.start_soon(send, conn, b"all of it", name="sender")
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert seen.data == b"all of it"
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+async def test_finish_on_in_a_child_is_no_failure_of_the_others(kind: str) -> None:
+    sibling = SlowCleanUp()
+    sibling.may_end.set()
+
+    async def stop() -> None:
+        raise Stop
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"all of it")
+        async with conn.create_task_group() as tg:
+            tg.start_soon(sibling)
+            await sibling.running.wait()
+            tg.start_soon(stop)
+
+    async with serve(kind, handler, finish_on=Stop) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_fin(seen, await service.ending(), Cause.FINISH_ON)
+
+
+async def test_failure_of_a_clean_up_after_a_clean_stop_resets(kind: str) -> None:
+    async def fail_to_clean_up() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise Failure
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            tg.start_soon(fail_to_clean_up)
+            await wait_all_tasks_blocked()
+            tg.cancel_scope.cancel()
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_rst(seen, await service.ending(), Cause.GROUP_FAILED)
+
+
+async def test_start_that_fails_is_the_callers_to_judge(kind: str) -> None:
+    async def fail_to_start(*, task_status: TaskStatus[None]) -> None:
+        raise Failure
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            with pytest.raises(Failure):
+                await tg.start(fail_to_start)
+            assert conn.ending is None
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+async def test_failure_after_the_start_resets(kind: str) -> None:
+    sibling = SlowCleanUp()
+
+    async def start_then_fail(word: str, *, task_status: TaskStatus[str]) -> None:
+        task_status.started(word)
+        await sibling.running.wait()
+        raise Failure
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            assert await tg.start(start_then_fail, "ready") == "ready"
+            tg.start_soon(sibling)
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+            assert not sibling.ended
+            sibling.may_end.set()
+        assert_rst(seen, await service.ending(), Cause.GROUP_FAILED)
+
+
+@pytest.mark.skipif(not HAS_HANDLES, reason="AnyIO 4.14 brought task handles")
+@pytest.mark.parametrize("how", ["create_task", "start_soon", "start"])
+async def test_stopping_one_helper_by_its_handle_finishes(kind: str, how: str) -> None:
+    async def helper(*, task_status: Any = anyio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await anyio.sleep_forever()
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            if how == "create_task":
+                handle = tg.create_task(helper(), name="helper")
+            elif how == "start_soon":
+                handle = tg.start_soon(helper)
+            else:
+                handle = await tg.start(helper, return_handle=True)
+            await wait_all_tasks_blocked()
+            handle.cancel()
+            await handle.wait()
+            assert conn.ending is None
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+@pytest.mark.skipif(not HAS_HANDLES, reason="AnyIO 4.14 brought task handles")
+async def test_a_task_handle_gives_the_result() -> None:
+    async def answer() -> int:
+        return 42
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            handle = tg.create_task(answer())
+            assert "answer" in handle.name
+            assert await handle == 42
+            with pytest.raises(TypeError, match="expected a coroutine"):
+                tg.create_task(answer)  # type: ignore[arg-type]
+
+    async with serve("native", handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+async def test_a_task_group_that_is_over_takes_no_tasks() -> None:
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            pass
+        with pytest.raises(RuntimeError, match="not active"):
+            tg.start_soon(fail)
+
+    async with serve("native", handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+async def test_timeout_around_the_group_is_a_cancellation_from_outside(kind: str) -> None:
+    async def handler(conn: Connection) -> None:
+        with anyio.move_on_after(0.01):
+            async with conn.create_task_group() as tg:
+                tg.start_soon(anyio.sleep_forever)
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_rst(seen, await service.ending(), Cause.CANCELLED)
+
+
+async def test_deadline_of_the_group_itself_finishes(kind: str) -> None:
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as tg:
+            tg.cancel_scope.deadline = anyio.current_time() + 0.01
+            tg.start_soon(anyio.sleep_forever)
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
