@@ -16,6 +16,8 @@ BACKENDS: list[Any] = [
     pytest.param(("trio", {}), id="trio"),
 ]
 
+ASYNCIO = BACKENDS[:2]
+
 # Ways for a handler to come by its connection: see serving.serve().
 KINDS = ["native", "foreign", "buffered"]
 
@@ -23,6 +25,11 @@ KINDS = ["native", "foreign", "buffered"]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "anyio_backend" not in metafunc.fixturenames:
         return
+    if any(
+        "anyio_backend" in mark.args[0]
+        for mark in metafunc.definition.iter_markers("parametrize")
+    ):
+        return  # the test chooses
     if "kind" not in metafunc.fixturenames:
         metafunc.parametrize("anyio_backend", BACKENDS, indirect=True)
         return

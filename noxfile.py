@@ -1,0 +1,71 @@
+"""What there is to run: `nox -l`. Each session does all of its own set-up."""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests", "lint", "types"]
+nox.options.default_venv_backend = "venv"
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+# The oldest that the dependencies of pyproject.toml admit.
+OLDEST = ["anyio==4.10.0", "outcome==1.2.0", "trio==0.26.1"]
+
+
+def group(name: str) -> list[str]:
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+def run_tests(session: nox.Session, *pins: str, **env: str) -> None:
+    session.install("-e", ".", *group("test"), *pins)
+    session.run("pytest", *session.posargs, env=env)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Show on real sockets what plain AnyIO and anyio_rst tell the other side."""
+    session.install(".[trio,uvloop]")
+    session.run("python", "-m", "anyio_rst", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the test suite."""
+    run_tests(session)
+
+
+@nox.session(python=PYTHONS)
+def matrix(session: nox.Session) -> None:
+    """Run the test suite on each Python there is."""
+    run_tests(session)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Run the test suite on the oldest dependencies."""
+    run_tests(session, *OLDEST)
+
+
+@nox.session
+def debug(session: nox.Session) -> None:
+    """Run the test suite with the debug modes of Python and asyncio."""
+    run_tests(session, PYTHONDEVMODE="1", PYTHONASYNCIODEBUG="1")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install(*group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types, and that the public ones are complete."""
+    session.install("-e", ".", *group("types"))
+    session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "anyio_rst", "--ignoreexternal")

@@ -1,0 +1,541 @@
+"""`serve_tcp` and its `Server`."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import pytest
+import trio
+from anyio import wait_all_tasks_blocked
+
+from anyio_rst import (
+    Cause,
+    CloseKind,
+    Connection,
+    Drain,
+    PeerClose,
+    PeerReset,
+    Server,
+    connect_tcp,
+    serve_tcp,
+)
+
+from conftest import ASYNCIO
+from serving import LONG, Peer, Seen
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
+
+pytestmark = pytest.mark.anyio
+
+
+class Failure(Exception):
+    pass
+
+
+@asynccontextmanager
+async def serving(handler: Any, **options: Any) -> AsyncIterator[Server]:
+    async with anyio.create_task_group() as tg:
+        options.setdefault("host", "127.0.0.1")
+        yield await tg.start(partial(serve_tcp, handler, **options))
+        tg.cancel_scope.cancel()
+
+
+async def echo(conn: Connection) -> None:
+    async for chunk in conn:
+        await conn.send(chunk)
+
+
+async def fail(conn: Connection) -> None:
+    raise Failure
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(LONG):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+def refuses(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+
+async def ask(port: int, word: bytes = b"hello") -> bytes:
+    with Peer(port) as peer:
+        await peer.send(word)
+        peer.send_eof()
+        seen = await peer.read_to_end()
+    assert seen.close is PeerClose.FIN
+    return seen.data
+
+
+# Where it listens.
+
+
+async def test_server_knows_its_port_and_addresses() -> None:
+    async with serving(echo) as server:
+        assert server.addresses == (("127.0.0.1", server.port),)
+        assert await ask(server.port) == b"hello"
+
+
+async def test_no_host_serves_ipv4_and_ipv6_on_one_port() -> None:
+    async with serving(echo, host=None) as server:
+        assert {port for _, port in server.addresses} == {server.port}
+        for host in ("127.0.0.1", "::1"):
+            with Peer(server.port, host=host) as peer:
+                peer.send_eof()
+                assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+
+
+async def test_port_that_is_in_use_is_named_and_nothing_stays_bound() -> None:
+    async with serving(echo) as server:
+        message = f"cannot listen on 127.0.0.1, port {server.port}: "
+        with pytest.raises(OSError, match=message) as caught:
+            await serve_tcp(echo, server.port, host="127.0.0.1")
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+async def test_port_is_free_again_afterwards() -> None:
+    async with serving(echo) as server:
+        assert await ask(server.port) == b"hello"
+    async with serving(echo, port=server.port) as again:
+        assert again.port == server.port
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"port": -1}, ValueError, "port must be from 0 to 65535, not -1"),
+        ({"port": 65536}, ValueError, "port must be from 0 to 65535, not 65536"),
+        ({"port": "80"}, TypeError, "port must be an int, not '80'"),
+        ({"port": None}, TypeError, "port must be an int, not None"),
+        ({"port": True}, TypeError, "port must be an int, not True"),
+        ({"backlog": 0}, ValueError, "backlog must be >= 1, not 0"),
+        ({"backlog": 1.5}, TypeError, "backlog must be an int, not 1.5"),
+        ({"task_group": 3}, TypeError, r"task_group has no start_soon\(\): 3"),
+        ({"on_ending": 3}, TypeError, "on_ending takes a function that is not async: 3"),
+        ({"on_ending": fail}, TypeError, "on_ending takes a function that is not async"),
+    ],
+)
+async def test_bad_options_are_refused(
+    options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        await serve_tcp(echo, **options)
+
+
+async def test_runs_without_task_status() -> None:
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(serve_tcp, echo)
+        await wait_all_tasks_blocked()
+        tg.cancel_scope.cancel()
+
+
+# Handlers that fail.
+
+
+async def test_failing_handler_touches_nobody_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def handler(conn: Connection) -> None:
+        word = await conn.receive()
+        if word == b"fail":
+            raise Failure("on purpose")
+        await conn.send(word)
+        await echo(conn)
+
+    async with serving(handler) as server:
+        with Peer(server.port) as other:
+            await other.send(b"before")
+            assert await other.receive(6) == b"before"
+            with Peer(server.port) as peer:
+                await peer.send(b"fail")
+                assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+            await other.send(b"after")
+            assert await other.receive(5) == b"after"
+            other.send_eof()
+            assert await other.read_to_end() == Seen(b"", PeerClose.FIN)
+        assert await ask(server.port) == b"hello"
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("anyio_rst", logging.ERROR)
+    assert "a handler failed: <Connection with 127.0.0.1:" in record.message
+    assert "(RST, RAISED)" in record.message
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], Failure)
+
+
+async def test_peer_that_went_away_is_one_line_at_info(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "anyio_rst")
+
+    async def in_a_group(conn: Connection) -> None:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(echo, conn)
+
+    for handler in (echo, in_a_group):
+        caplog.clear()
+        ended = anyio.Event()
+        async with serving(handler, on_ending=lambda _, e=ended: e.set()) as server:
+            peer = Peer(server.port)
+            await peer.send(b"hello")
+            assert await peer.receive(5) == b"hello"
+            peer.reset()
+            await ended.wait()
+        (record,) = [record for record in caplog.records if record.name == "anyio_rst"]
+        assert record.levelno == logging.INFO
+        assert record.exc_info is None
+        assert "the peer reset the connection" in record.message
+
+
+async def test_finish_on_is_no_failure_to_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(fail, finish_on=Failure) as server:
+        with Peer(server.port) as peer:
+            assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+    assert not caplog.records
+
+
+async def test_propagate_errors_lets_them_out() -> None:
+    peers: list[Peer] = []
+    with pytest.raises(ExceptionGroup) as caught:
+        async with serving(fail, propagate_errors=True) as server:
+            peers.append(Peer(server.port))
+            await anyio.sleep_forever()
+    with peers[0] as peer:
+        assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+    exc: Any = caught.value
+    while isinstance(exc, BaseExceptionGroup):
+        (exc,) = exc.exceptions
+    assert isinstance(exc, Failure)
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_handler_that_only_says_that_it_was_cancelled_ends_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Anybody can raise CancelledError, and AnyIO takes it for a real one."""
+
+    async def handler(conn: Connection) -> None:
+        if await conn.receive() == b"fail":
+            raise anyio.get_cancelled_exc_class()
+        await conn.send(b"hello")
+
+    async with serving(handler) as server:
+        with Peer(server.port) as peer:
+            await peer.send(b"fail")
+            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+        assert await ask(server.port) == b"hello"
+    (record,) = caplog.records
+    assert "cancelled from inside" in record.message
+
+
+async def test_handler_that_returns_no_coroutine_is_logged_as_the_mistake_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(lambda conn: None) as server:
+        with Peer(server.port) as peer:
+            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], TypeError)
+
+
+# on_ending.
+
+
+async def test_on_ending_is_called_with_each_connection_once_it_has_ended() -> None:
+    endings: list[tuple[CloseKind, Cause]] = []
+
+    def on_ending(conn: Connection) -> None:
+        assert conn.ending is not None
+        endings.append((conn.ending.kind, conn.ending.cause))
+        assert conn not in server.connections
+
+    async def handler(conn: Connection) -> None:
+        if await conn.receive() == b"detach":
+            await conn.detach().aclose()
+
+    async with serving(handler, on_ending=on_ending) as server:
+        for word, close in (
+            (b"x", PeerClose.FIN),
+            (b"detach", PeerClose.FIN),
+        ):
+            with Peer(server.port) as peer:
+                await peer.send(word)
+                peer.send_eof()
+                assert (await peer.read_to_end()).close is close
+            await wait_until(lambda: not server.connections)
+    assert endings == [
+        (CloseKind.FIN, Cause.RETURNED),
+        (CloseKind.DETACHED, Cause.DETACHED),
+    ]
+
+
+async def test_failing_on_ending_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def on_ending(conn: Connection) -> None:
+        raise Failure
+
+    async with serving(echo, on_ending=on_ending) as server:
+        assert await ask(server.port) == b"hello"
+        assert await ask(server.port) == b"hello"
+        await wait_until(lambda: not server.connections)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert "on_ending failed" in caplog.records[0].message
+
+
+# Stopping.
+
+
+async def test_connections_are_those_that_are_open() -> None:
+    async with serving(echo) as server:
+        assert server.connections == frozenset()
+        with Peer(server.port) as peer:
+            await peer.send(b"x")
+            assert await peer.receive(1) == b"x"
+            (conn,) = server.connections
+            assert conn.ending is None
+            peer.send_eof()
+            await wait_until(lambda: not server.connections)
+
+
+async def test_stop_lets_running_handlers_finish() -> None:
+    async with anyio.create_task_group() as tg:
+        returned = anyio.Event()
+
+        async def serve(*, task_status: Any) -> None:
+            await serve_tcp(echo, host="127.0.0.1", task_status=task_status)
+            returned.set()
+
+        server = await tg.start(serve)
+        with Peer(server.port) as peer:
+            await peer.send(b"before")
+            assert await peer.receive(6) == b"before"
+            server.stop()
+            server.stop()
+            await wait_until(lambda: refuses(server.port))
+            assert not returned.is_set()
+            await peer.send(b"after")
+            assert await peer.receive(5) == b"after"
+            peer.send_eof()
+            assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+        with anyio.fail_after(LONG):
+            await returned.wait()
+
+
+async def test_stop_of_an_idle_server_returns() -> None:
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(partial(serve_tcp, echo))
+        server.stop()
+
+
+async def test_cancelling_resets_every_connection_at_once() -> None:
+    """Also those whose handlers are in a clean-up that is shielded."""
+    may_end = anyio.Event()
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"ready")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await may_end.wait()
+
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(partial(serve_tcp, handler, host="127.0.0.1"))
+        peers = [Peer(server.port) for _ in range(5)]
+        for peer in peers:
+            assert await peer.receive(5) == b"ready"
+        tg.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            for peer in peers:
+                with peer:
+                    assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+            may_end.set()
+
+
+async def test_cancelling_cuts_a_drain_short_and_leaves_it_a_fin() -> None:
+    endings: list[Any] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"all of it")
+
+    options: Any = {
+        "drain": Drain(LONG),
+        "on_ending": lambda conn: endings.append(conn.ending),
+    }
+    async with serving(handler, **options) as server:
+        peer = Peer(server.port)
+        assert await peer.read_to_end() == Seen(b"all of it", PeerClose.FIN)
+        await wait_all_tasks_blocked()
+        assert not endings
+    peer.sock.close()
+    (ending,) = endings
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
+
+
+async def test_backlog_of_a_server_that_stops_is_reset() -> None:
+    """What was never accepted gets no FIN, which would say that it was served."""
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(partial(serve_tcp, echo, host="127.0.0.1"))
+        server.stop()
+        peer = Peer(server.port)  # accepted by the kernel, and by nobody else
+    with peer:
+        assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+
+
+# Whose tasks.
+
+
+async def test_handlers_run_in_the_task_group_of_the_caller() -> None:
+    async with anyio.create_task_group() as handlers:
+        async with anyio.create_task_group() as tg:
+            server = await tg.start(
+                partial(serve_tcp, echo, host="127.0.0.1", task_group=handlers)
+            )
+            peer = Peer(server.port)
+            await peer.send(b"before")
+            assert await peer.receive(6) == b"before"
+            tg.cancel_scope.cancel()
+        # The server is gone, and its handlers are not.
+        await peer.send(b"after")
+        assert await peer.receive(5) == b"after"
+        handlers.cancel_scope.cancel()
+    with peer:
+        assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+
+
+async def test_stop_waits_for_handlers_in_the_task_group_of_the_caller() -> None:
+    async with anyio.create_task_group() as handlers:
+        async with anyio.create_task_group() as tg:
+            server = await tg.start(
+                partial(serve_tcp, echo, host="127.0.0.1", task_group=handlers)
+            )
+            with Peer(server.port) as peer:
+                await peer.send(b"x")
+                assert await peer.receive(1) == b"x"
+                server.stop()
+                await wait_all_tasks_blocked()
+                peer.send_eof()
+                assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+
+
+def test_trio_nurseries_will_do() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as handlers, trio.open_nursery() as nursery:
+            server: Any = await nursery.start(
+                partial(serve_tcp, echo, host="127.0.0.1", task_group=handlers)
+            )
+            assert await ask(server.port) == b"hello"
+            server.stop()
+
+    trio.run(main)
+
+
+# Out of descriptors.
+
+
+async def test_running_out_of_descriptors_drops_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(echo) as server:
+        with Peer(server.port) as first:
+            await first.send(b"x")
+            assert await first.receive(1) == b"x"
+            second = Peer(server.port)  # its own descriptor is had before the limit
+            await wait_until(lambda: len(server.connections) == 2)
+            third = socket.socket()
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+            spare = [os.dup(0)]
+            while spare[-1] < highest:
+                spare.append(os.dup(0))
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (spare[-1] + 1, hard))
+                third.connect(("127.0.0.1", server.port))
+                await wait_until(lambda: bool(caplog.records))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for descriptor in spare:
+                    os.close(descriptor)
+            with second, third:
+                await wait_until(lambda: len(server.connections) == 3)
+    assert "accept: EMFILE (Too many open files)" in caplog.records[0].message
+    assert caplog.records[0].levelno == logging.ERROR
+
+
+# The client's side.
+
+
+async def test_connect_tcp_finishes() -> None:
+    got: list[bytes] = []
+    causes: list[Any] = []
+
+    async def handler(conn: Connection) -> None:
+        got.extend([chunk async for chunk in conn])
+
+    def on_ending(conn: Connection) -> None:
+        causes.append(conn.ending and (conn.ending.cause, conn.ending.peer))
+
+    async with serving(handler, on_ending=on_ending) as server:
+        async with connect_tcp("127.0.0.1", server.port) as conn:
+            await conn.send(b"all of it")
+        assert conn.ending is not None
+        assert (conn.ending.kind, conn.ending.peer) == (CloseKind.FIN, PeerClose.FIN)
+        assert conn.ending.remote_address == ("127.0.0.1", server.port)
+        await wait_until(lambda: bool(causes))
+    assert b"".join(got) == b"all of it"
+    assert causes == [(Cause.RETURNED, PeerClose.FIN)]
+
+
+async def test_connect_tcp_resets() -> None:
+    raised: list[BaseException] = []
+    reset = anyio.Event()
+
+    async def handler(conn: Connection) -> None:
+        try:
+            await echo(conn)
+        except PeerReset as exc:
+            raised.append(exc)
+        reset.set()
+
+    async with serving(handler) as server:
+        with pytest.raises(Failure):
+            async with connect_tcp("127.0.0.1", server.port) as conn:
+                await conn.send(b"half")
+                await conn.receive()
+                raise Failure
+        with anyio.fail_after(LONG):
+            await reset.wait()
+    assert len(raised) == 1
+
+
+async def test_connect_tcp_that_is_refused_raises() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(OSError, match="connect"):
+        async with connect_tcp("127.0.0.1", port):
+            pytest.fail("there is nobody")
+
+
+@pytest.mark.parametrize("options", [{"finish_on": 3}, {"drain": 3}])
+async def test_connect_tcp_refuses_bad_options_before_it_connects(options: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        with pytest.raises(TypeError):
+            async with connect_tcp("127.0.0.1", listener.getsockname()[1], **options):
+                pytest.fail("it connected")
+        with pytest.raises(BlockingIOError):
+            listener.accept()
