@@ -95,11 +95,11 @@ class Connection(SocketStream):
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         attributes = dict(self._stream.extra_attributes)
         attributes[ConnectionAttribute.connection] = lambda: self
-        if self._stream.remote_address is not None:
+        remote_address = self._stream.remote_address
+        if remote_address is not None:
             # Known to the end, which is where it goes into a log.
-            attributes[SocketAttribute.remote_address] = lambda: (
-                self._stream.remote_address
-            )
+            attributes[SocketAttribute.remote_address] = lambda: remote_address
+            attributes[SocketAttribute.remote_port] = lambda: remote_address[1]
         return attributes
 
     async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:

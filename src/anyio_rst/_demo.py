@@ -1,13 +1,12 @@
 """`demo`: what a client sees of each way out of a handler, without and with anyio_rst.
 
-Each server runs in a process of its own, for one connection, because some of the ways
-out end the process. The clients are a plain blocking socket, and curl. Both servers get
-the same handler.
+Every answer is served by a process of its own, because some ways out of a handler end
+the process. The handlers are the same on both sides. The clients, a blocking socket and
+curl, know nothing of either.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import shutil
@@ -30,7 +29,8 @@ from ._peer import PeerClose
 from ._serve import serve_tcp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    import argparse
+    from collections.abc import Iterable, Iterator
 
     from anyio.abc import TaskStatus
 
@@ -43,23 +43,30 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 LOOPBACK = "127.0.0.1"
 
-# How long a client waits for an end of any kind, in seconds.
-PATIENCE = 10.0
+# Seconds that a client waits for an end of any kind.
+PATIENCE = 10
 
-ANSWER = bytes(range(256)) * 8
+# Seconds that a server lives when the demo itself was killed, and cannot kill it.
+LIFETIME = 60
+
+ANSWER = bytes(range(250)) * 8
 HALF = ANSWER[: len(ANSWER) // 2]
 
-# Fits into the send buffer of the server, and not into the receive buffer of a client
-# that does not read: a part of it is still to be delivered when the handler returns.
+# Too much for the receive buffer of a client that does not read, but not for the send
+# buffer of the server: when its handler returns, a part of it has yet to be delivered.
 LATE_ANSWER = ANSWER * 100
 
-# More than the socket buffers of both sides hold while one of them does not read.
+# Too much for the buffers of both sides together.
 TOO_MUCH = ANSWER * 4000
 
 Handler = Callable[[ByteStream], Awaitable[None]]
 
 
-# The ways out.
+class HalfWay(Exception):
+    """A handler failed."""
+
+
+# The ways out, of a handler that has received its request.
 
 
 async def returns(stream: ByteStream) -> None:
@@ -67,13 +74,13 @@ async def returns(stream: ByteStream) -> None:
 
 
 async def returns_during_an_upload(stream: ByteStream) -> None:
-    await stream.receive()
     await stream.send(LATE_ANSWER)
+    print("returning", flush=True)  # the client uploads the rest: upload()
 
 
 async def raises(stream: ByteStream) -> None:
     await stream.send(HALF)
-    raise RuntimeError("half way")
+    raise HalfWay
 
 
 async def times_out(stream: ByteStream) -> None:
@@ -84,24 +91,20 @@ async def times_out(stream: ByteStream) -> None:
 
 async def is_cancelled(stream: ByteStream) -> None:
     await stream.send(HALF)
-    os.kill(os.getpid(), signal.SIGTERM)  # which cancels the server: see _serve()
+    os.kill(os.getpid(), signal.SIGTERM)  # cancels the server: serve_until_sigterm()
     await anyio.sleep_forever()
 
 
-async def has_a_child_that_fails(stream: ByteStream) -> None:
-    async def fail() -> None:
-        raise RuntimeError("half way")
-
-    await stream.send(HALF)
+async def has_a_failing_child(stream: ByteStream) -> None:
     async with anyio.create_task_group() as tg:
-        tg.start_soon(fail)
+        tg.start_soon(raises, stream)
         await anyio.sleep_forever()
 
 
-async def has_a_send_cut_short(stream: ByteStream) -> None:
+async def cuts_a_send_short(stream: ByteStream) -> None:
     with anyio.move_on_after(0.25):
         await stream.send(TOO_MUCH)
-    print("cut short", flush=True)  # the client reads from now on
+    print("cut short", flush=True)  # the client reads: wait_for_the_cut()
 
 
 async def exits(stream: ByteStream) -> None:
@@ -115,12 +118,9 @@ async def is_killed(stream: ByteStream) -> None:
 
 
 async def raises_in_http(stream: ByteStream) -> None:
-    request = b""
-    while b"\r\n\r\n" not in request:
-        request += await stream.receive()
-    # Without a length: the body ends where the connection does (RFC 9112, 6.3).
-    await stream.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + HALF)
-    raise RuntimeError("half way")
+    # With no length, the end of the connection is the end of the body: RFC 9112, 6.3.
+    await stream.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    await raises(stream)
 
 
 # The servers.
@@ -130,7 +130,7 @@ async def serve_plainly(handler: Handler, *, task_status: TaskStatus[int]) -> No
     """Serve as one does with AnyIO alone."""
 
     async def serve_one(stream: ByteStream) -> None:
-        with suppress(Exception):  # the server survives its handlers, as ours does
+        with suppress(Exception):  # it costs one connection, as with serve_tcp()
             async with stream:
                 await handler(stream)
 
@@ -140,49 +140,67 @@ async def serve_plainly(handler: Handler, *, task_status: TaskStatus[int]) -> No
 
 
 async def serve_truthfully(handler: Handler, *, task_status: TaskStatus[int]) -> None:
+    """Serve with anyio_rst."""
     async with anyio.create_task_group() as tg:
         server = await tg.start(partial(serve_tcp, handler, host=LOOPBACK))
         task_status.started(server.port)
 
 
-SIDES = {"plain AnyIO": serve_plainly, "anyio_rst": serve_truthfully}
+PLAIN = "plain AnyIO"
+OURS = "anyio_rst"
+SIDES = {PLAIN: serve_plainly, OURS: serve_truthfully}
 
 
-async def _serve(side: str, handler: Handler) -> None:
-    """Serve until SIGTERM, and print the port."""
+def serve(loop: str, side: str, way: str) -> None:
+    """What the process of a server runs: print its port, then serve *way*."""
+    way_out = next(each.handler for each in (*WAYS, *HTTP_WAYS) if each.name == way)
+
+    async def handler(stream: ByteStream) -> None:
+        # With no request to wait for, an RST could be there before the connect() of
+        # the client has returned, and make that fail.
+        await stream.receive()
+        await way_out(stream)
+
+    backend, options = LOOPS[loop]
+    anyio.run(
+        serve_until_sigterm, side, handler, backend=backend, backend_options=options
+    )
+
+
+async def serve_until_sigterm(side: str, handler: Handler) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tg:
             print(await tg.start(SIDES[side], handler), flush=True)
-            await anext(signals)
+            with anyio.move_on_after(LIFETIME):
+                await anext(signals)
             tg.cancel_scope.cancel()
 
 
 @contextmanager
-def server(loop: str, side: str, way: Way) -> Iterator[subprocess.Popen[str]]:
-    """A process that serves *way*, and prints its port first.
+def running_server(loop: str, side: str, way: Way) -> Iterator[subprocess.Popen[str]]:
+    """A process in which one side serves *way*. It is killed at the end.
 
-    What it logs of the failures, which are deliberate, is kept off the terminal.
+    What it says of the failures, which are deliberate, stays in a pipe.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, loop, side, way.label],
+    with subprocess.Popen(
+        [sys.executable, "-m", __name__, loop, side, way.name],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    with process:
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def next_line(process: subprocess.Popen[str]) -> str:
-    """The next line that a server prints."""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    line = process.stdout.readline()
+def next_line(server: subprocess.Popen[str]) -> str:
+    """Wait for the next line that *server* prints."""
+    assert server.stdout is not None
+    assert server.stderr is not None
+    line = server.stdout.readline()
     if not line:
-        raise RuntimeError(f"a server of the demo is gone:\n{process.stderr.read()}")
+        raise RuntimeError(f"a server of the demo is gone:\n{server.stderr.read()}")
     return line
 
 
@@ -191,37 +209,40 @@ def next_line(process: subprocess.Popen[str]) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a client saw of an answer."""
+    """What a client saw of an answer, and whether that was true."""
 
     text: str
-    is_true: bool
+    true: bool
 
 
 def is_true(*, claimed: bool, finished: bool, whole: bool) -> bool:
     """Whether a client was told the truth.
 
     Args:
-      claimed: the client was told that it has the whole answer.
-      finished: the handler did finish it.
-      whole: the client does have all of it.
+      claimed: it was told that it has the whole answer.
+      finished: the handler finished the answer.
+      whole: the client has all of it.
     """
-    return finished and whole if claimed else not finished
+    if claimed:
+        return finished and whole
+    return not finished
 
 
-def see_by_socket(way: Way, process: subprocess.Popen[str]) -> Seen:
-    """Read to the end, and see what kind of end it is."""
-    close = PeerClose.FIN
+def see_by_socket(way: Way, server: subprocess.Popen[str]) -> Seen:
+    """Read to the end, and tell by which kind of end it was."""
     data = bytearray()
-    port = int(next_line(process))
+    close = PeerClose.FIN
+    port = int(next_line(server))
     with socket.create_connection((LOOPBACK, port), timeout=PATIENCE) as sock:
         try:
-            if way.before_reading is not None:
-                try:
-                    way.before_reading(sock, process)
-                except (ConnectionResetError, BrokenPipeError):
-                    # The kernel tells once. What had arrived can still be read, and
-                    # after it comes an end like any other.
-                    close = PeerClose.RST
+            try:
+                sock.sendall(b"request")
+                if way.before_reading is not None:
+                    way.before_reading(sock, server)
+            except (BrokenPipeError, ConnectionResetError):
+                # The kernel tells once. What had arrived before can still be read, and
+                # then comes an end like any other.
+                close = PeerClose.RST
             while chunk := sock.recv(65536):
                 data += chunk
         except ConnectionResetError:
@@ -229,44 +250,35 @@ def see_by_socket(way: Way, process: subprocess.Popen[str]) -> Seen:
         except TimeoutError:
             close = PeerClose.NONE
     end = "no end" if close is PeerClose.NONE else close.value
-    return Seen(
-        f"{len(data):,} of {len(way.answer):,} B, {end}",
-        is_true(
-            claimed=close is PeerClose.FIN,
-            finished=way.finishes,
-            whole=data == way.answer,
-        ),
-    )
+    claimed = close is PeerClose.FIN
+    return judge(way, bytes(data), end, claimed=claimed)
 
 
-def upload(sock: socket.socket, process: subprocess.Popen[str]) -> None:
+def upload(sock: socket.socket, server: subprocess.Popen[str]) -> None:
+    next_line(server)
     sock.sendall(TOO_MUCH)
 
 
-def wait_until_cut(sock: socket.socket, process: subprocess.Popen[str]) -> None:
-    next_line(process)
+def wait_for_the_cut(sock: socket.socket, server: subprocess.Popen[str]) -> None:
+    next_line(server)
 
 
-def see_by_curl(way: Way, process: subprocess.Popen[str]) -> Seen:
-    """Download, and see what curl says, and what is in the file."""
-    url = f"http://{LOOPBACK}:{int(next_line(process))}/"
+def see_by_curl(way: Way, server: subprocess.Popen[str]) -> Seen:
+    """Download with curl, and tell by its exit status."""
+    url = f"http://{LOOPBACK}:{int(next_line(server))}/"
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "answer")
-        options = ["--silent", "--noproxy", "*", "--max-time", str(PATIENCE)]
-        status = subprocess.run(
-            # --disable: no .curlrc
-            ["curl", "--disable", *options, "--output", str(file), url],
-            check=False,
-        ).returncode
+        # --disable: no ~/.curlrc.
+        command = ["curl", "--disable", "--silent", "--noproxy", "*"]
+        command += ["--max-time", str(PATIENCE), "--output", str(file), url]
+        status = subprocess.run(command, check=False).returncode
         data = file.read_bytes() if file.exists() else b""
-    return Seen(
-        f"{len(data):,} of {len(way.answer):,} B, exit {status}",
-        is_true(
-            claimed=status == 0,
-            finished=way.finishes,
-            whole=data == way.answer,
-        ),
-    )
+    return judge(way, data, f"exit {status}", claimed=status == 0)
+
+
+def judge(way: Way, data: bytes, end: str, *, claimed: bool) -> Seen:
+    true = is_true(claimed=claimed, finished=way.finishes, whole=data == way.answer)
+    return Seen(f"{len(data):,} of {len(way.answer):,} B, {end}", true)
 
 
 # The table.
@@ -276,15 +288,19 @@ def see_by_curl(way: Way, process: subprocess.Popen[str]) -> Seen:
 class Way:
     """A way out of a handler."""
 
-    label: str
-    """What the handler does, to be read after "the handler ..."."""
+    name: str
+    """What the handler does, to be read after *the handler*."""
 
     handler: Handler
+
     see: Callable[[Way, subprocess.Popen[str]], Seen] = see_by_socket
+    """The client."""
+
     before_reading: Callable[[socket.socket, subprocess.Popen[str]], None] | None = None
+    """What the client, if it is a socket, does after its request."""
 
     answer: bytes = ANSWER
-    """All of what the client should get."""
+    """All that the client is there for."""
 
     finishes: bool = False
     """Whether the handler sends all of that, and then returns."""
@@ -302,74 +318,99 @@ WAYS = (
     Way("raises an exception", raises),
     Way("runs into a timeout", times_out),
     Way("is cancelled", is_cancelled),
-    Way("has a child that fails", has_a_child_that_fails),
+    Way("has a failing child task", has_a_failing_child),
     Way(
-        "has a send cut short",
-        has_a_send_cut_short,
-        before_reading=wait_until_cut,
+        "cuts a send short",
+        cuts_a_send_short,
+        before_reading=wait_for_the_cut,
         answer=TOO_MUCH,
     ),
     Way("calls sys.exit()", exits),
     Way("is killed by SIGKILL", is_killed),
 )
 
-WAYS_SEEN_BY_CURL = (Way("raises half way", raises_in_http, see_by_curl),)
+HTTP_WAYS = (Way("fails half way", raises_in_http, see_by_curl),)
 
-
-@dataclass(frozen=True)
-class Row:
-    """One way out, on both sides."""
-
-    way: Way
-    plain: Seen
-    anyio_rst: Seen
+# What the client saw on each of SIDES.
+Row = dict[str, Seen]
 
 
 def measure(loop: str, way: Way) -> Row:
     with ExitStack() as stack:
-        # Both start at the same time: that is what takes the time here.
-        processes = [stack.enter_context(server(loop, side, way)) for side in SIDES]
-        return Row(way, *(way.see(way, process) for process in processes))
+        # Both start at once: that takes the most time by far.
+        servers = {
+            side: stack.enter_context(running_server(loop, side, way)) for side in SIDES
+        }
+        return {side: way.see(way, server) for side, server in servers.items()}
 
 
 def show(loop: str) -> list[Row]:
-    """Measure everything on *loop*, and print each row when it is there."""
+    """Measure every way out on *loop*, and print the table row by row."""
     print_line(loop, *SIDES)
-    print_line("the handler ...", *("what the client saw" for _ in SIDES))
-    rows = [measure_and_print(loop, way) for way in WAYS]
-    print()
+    rows = show_rows(loop, "the handler ...", "the client got", WAYS)
     if shutil.which("curl") is None:
-        print("curl is not installed: what it makes of a failure is left out")
+        print("curl is not installed: its part is left out")
     else:
-        print_line("the HTTP handler ...", *("the file, and curl's exit" for _ in SIDES))
-        rows += [measure_and_print(loop, way) for way in WAYS_SEEN_BY_CURL]
-    print()
-    for side, truths in zip(
-        SIDES,
-        (
-            [row.plain.is_true for row in rows],
-            [row.anyio_rst.is_true for row in rows],
-        ),
-        strict=True,
-    ):
+        rows += show_rows(loop, "the HTTP handler ...", "curl got", HTTP_WAYS)
+    for side in SIDES:
+        truths = [row[side].true for row in rows]
         print(f"{side} told the truth in {sum(truths)} of {len(truths)} rows", flush=True)
     return rows
 
 
-def measure_and_print(loop: str, way: Way) -> Row:
-    row = measure(loop, way)
-    cells = (
-        f"{seen.text:29} {'true' if seen.is_true else 'LIE'}"
-        for seen in (row.plain, row.anyio_rst)
-    )
-    print_line(way.label, *cells)
-    return row
+def show_rows(loop: str, label: str, heading: str, ways: Iterable[Way]) -> list[Row]:
+    print_line(label, *(heading for _ in SIDES))
+    rows: list[Row] = []
+    for way in ways:
+        row = measure(loop, way)
+        print_line(way.name, *(cell(seen) for seen in row.values()))
+        rows.append(row)
+    return rows
 
 
-def print_line(label: str, plain: str, anyio_rst: str) -> None:
-    print(f"{label:24}  {plain:34}  {anyio_rst}".rstrip(), flush=True)
+def cell(seen: Seen) -> str:
+    return f"{seen.text:29}  {'true' if seen.true else 'LIE'}"
+
+
+def print_line(label: str, *cells: str) -> None:
+    columns = (f"{label:24}", *(f"{text:35}" for text in cells))
+    print("  ".join(columns).rstrip(), flush=True)
 
 
 def exit_status(rows: Iterable[Row]) -> int:
-    """1 if anyio_rst lied anywhere, else 0."""
-    return 0 if all(row.anyio_rst.is_true for row in rows) else 1
+    """1 if anyio_rst lied anywhere, otherwise 0."""
+    return 0 if all(row[OURS].true for row in rows) else 1
+
+
+# The command.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loop",
+        choices=[*LOOPS, "all"],
+        default="asyncio",
+        help="event loop of the servers (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo.
+
+    Returns:
+      The exit status: 1 if anyio_rst lied, 2 if the loop is not installed, otherwise 0.
+    """
+    rows: list[Row] = []
+    for loop in LOOPS if arguments.loop == "all" else [arguments.loop]:
+        if importlib.util.find_spec(loop) is not None:
+            rows += show(loop)
+        elif arguments.loop == "all":
+            print(f"{loop} is not installed, and left out")
+        else:
+            print(f"anyio-rst demo: {loop} is not installed", file=sys.stderr)
+            return 2
+    return exit_status(rows)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

@@ -34,8 +34,8 @@ class CloseKind(enum.Enum):
     """Our FIN: the peer was told *that was all*."""
 
     RST = "RST"
-    """A reset: ours or, where `cause` alone would have earned a FIN, the peer's own,
-    which came before the FIN could be sent."""
+    """A reset: ours or, where `cause` alone would have earned a FIN, one that came
+    before the FIN could be sent, as a rule the peer's."""
 
     DETACHED = "DETACHED"
     """Nothing: the stream was handed back, open."""
@@ -99,6 +99,8 @@ def cause_of_exit(
     """What leaving the body with *exc* (None: it returned) means."""
     if exc is None:
         return Cause.RETURNED
+    if isinstance(exc, GeneratorExit):
+        return Cause.RAISED  # a coroutine that is being closed could not finish anything
     leaves = list(_leaves(exc))
     if all(isinstance(leaf, finish_on) for leaf in leaves):
         return Cause.FINISH_ON
@@ -173,7 +175,8 @@ class Ending:
     """(host, port) of the peer; None if it had gone before that could be asked."""
 
     discarded: int
-    """Bytes read and dropped while draining."""
+    """Bytes read and dropped while draining. What AnyIO's stream on asyncio or uvloop
+    had read ahead by itself is dropped uncounted."""
 
     unacknowledged: int | None
     """Bytes sent that the peer's TCP had not acknowledged when the socket was closed;

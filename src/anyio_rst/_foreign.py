@@ -6,6 +6,7 @@ is taken over.
 
 from __future__ import annotations
 
+import errno
 import sys
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +15,7 @@ import anyio
 from anyio import BrokenResourceError, EndOfStream
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
 from anyio.lowlevel import checkpoint
+from anyio.streams.tls import TLSAttribute
 
 from . import _sockets
 from ._native import NativeStream
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     import trio
 
     from ._drain import Drain
+
+
+# How often a stream may suspend in the clean-up of an `aclose()` that is dropped.
+SUSPENSIONS = 10
 
 
 class ForeignStream(EndableStream):
@@ -57,22 +63,43 @@ class ForeignStream(EndableStream):
             raise self._lost(exc.__cause__ or exc) from exc
 
     async def _send(self, item: bytes) -> None:
-        size = memoryview(item).nbytes
-        if not size:
+        view = memoryview(item).cast("B")
+        if not view:
             await checkpoint()  # AnyIO's stream on Trio has none for an empty send
         # Until it has returned, nobody can tell how much of it went out.
-        self.mid_send = size > 0
+        self.mid_send = bool(view)
+        if not isinstance(item, (bytes, bytearray)):
+            item = cast("bytes", view)  # of bytes, which not every stream sees to
         try:
             await self._stream.send(item)
         except BrokenResourceError as exc:
             raise self._lost(exc.__cause__ or exc) from exc
+        self._refuse_if_closed()  # AnyIO before 4.16 returns from a send that was cut
         self.mid_send = False
 
     async def _send_eof(self) -> None:
+        self._check_for_loss()
+        await self._stream.send_eof()
+        # uvloop has only made a note of it then.
+        with self._borrowed() as sock:
+            loss = _sockets.send_fin(sock)
+        self.eof_sent = True
+        if loss is not None and loss.errno != errno.ENOTCONN:  # that is: both finished
+            raise self._lost(loss) from loss
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[socket.socket]:
         try:
-            await self._stream.send_eof()
-        except BrokenResourceError as exc:
-            raise self._lost(exc.__cause__ or exc) from exc
+            with _sockets.borrowed(self._owned) as sock:
+                yield sock
+        except OSError as exc:  # the stream closed it
+            raise self._lost(exc) from exc
+
+    def _check_for_loss(self) -> None:
+        with self._borrowed() as sock:
+            loss = _sockets.pending_error(sock)
+        if loss is not None:
+            raise self._lost(loss) from loss
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -124,16 +151,23 @@ class ForeignStream(EndableStream):
     def _close_stream(self) -> None:
         """Run the stream's `aclose()` up to its first suspension, and drop the rest.
 
-        A stream has to be closed by then, for it may be cancelled there. So an ending
-        needs no checkpoint: not under cancellation, and not in a coroutine that is
-        being closed, where there must not be one.
+        AnyIO's and Trio's streams are closed by then. So an ending needs no checkpoint:
+        not under cancellation, and not in a coroutine that is being closed, where there
+        must not be one. What another stream leaves open is dissolved on Linux, and its
+        descriptor goes when the stream does.
         """
         closing = self._stream.aclose()
-        try:
-            with suppress(Exception):  # StopIteration, if there was no suspension
-                closing.send(None)
-        finally:
-            closing.close()
+        with suppress(Exception):  # StopIteration, if there was no suspension
+            closing.send(None)
+        # A wrapper that waits again in its own clean-up has to be told again.
+        for _ in range(SUSPENSIONS):
+            try:
+                closing.close()
+                return
+            except RuntimeError:  # "coroutine ignored GeneratorExit"
+                continue
+            except Exception:
+                return
 
 
 class TrioStream(SocketStream):
@@ -201,6 +235,11 @@ def foreign(stream: object) -> ForeignStream:
     except AttributeError:
         # A closed transport of uvloop shows no socket, and AnyIO asks it all the same.
         raise anyio.ClosedResourceError("the stream is closed already") from None
+    if adapted.extra(TLSAttribute.ssl_object, None) is not None:
+        raise TypeError(
+            f"{type(stream).__qualname__} speaks TLS: connection_scope() would end its "
+            "TCP connection without a close_notify"
+        )
     if owned is None:
         raise TypeError(
             f"{type(stream).__qualname__} is not a TCP connection: it has no "

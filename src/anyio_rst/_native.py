@@ -70,6 +70,7 @@ class NativeStream(EndableStream):
         loss = _sockets.send_fin(self._sock)
         if loss is not None:
             raise self._lost(loss) from loss
+        self.eof_sent = True
 
     async def aclose(self) -> None:
         if not self._closed:
@@ -99,10 +100,11 @@ class NativeStream(EndableStream):
         self._receiving = True
         try:
             with move_on_after(limits.timeout):
-                while True:
+                # The same for the waiter of another socket that was closed just now,
+                # if this one has got its number.
+                await checkpoint()
+                while not self._discard(limits):
                     await wait_readable(self._sock)
-                    if self._discard(limits):
-                        return
         finally:
             self._receiving = False
 

@@ -56,6 +56,7 @@ def connection_scope(
         stands, and the outer one adds nothing.
       finish_on: exception types that count as a clean end; all the leaves of an
         exception group have to match. The exception goes on all the same.
+        :exc:`GeneratorExit` never counts.
       drain: the limits of the drain; None closes right after the FIN.
 
     Raises:

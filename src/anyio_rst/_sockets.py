@@ -141,9 +141,14 @@ def send_fin(sock: socket.socket) -> OSError | None:
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError as exc:
-        pending = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return OSError(pending, os.strerror(pending)) if pending else exc
+        return pending_error(sock) or exc
     return None
+
+
+def pending_error(sock: socket.socket) -> OSError | None:
+    """What ended the connection, if no call has been told yet: SO_ERROR of socket(7)."""
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return OSError(code, os.strerror(code)) if code else None
 
 
 def reset(sock: socket.socket) -> None:

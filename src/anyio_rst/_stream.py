@@ -85,7 +85,7 @@ class EndableStream(SocketStream):
             raise BusyResourceError("writing to")
         self._sending = True
         try:
-            if self._closed or self.eof_sent or self.mid_send:
+            if self._closed or self.eof_sent or self.mid_send or self._loss:
                 await checkpoint()
                 self._refuse_to_send()
             await self._send(item)
@@ -104,7 +104,6 @@ class EndableStream(SocketStream):
             if not self.eof_sent or self._closed:
                 self._refuse_to_send()
                 await self._send_eof()
-                self.eof_sent = True
         finally:
             self._sending = False
 
@@ -122,7 +121,7 @@ class EndableStream(SocketStream):
 
     @abstractmethod
     async def _send_eof(self) -> None:
-        """Shut down writing."""
+        """Shut down writing, and set :attr:`eof_sent` as soon as that is done."""
 
     @abstractmethod
     def arm(self) -> None:
@@ -172,6 +171,8 @@ class EndableStream(SocketStream):
     def _refuse_to_send(self) -> None:
         if self._closed or self.eof_sent:
             raise ClosedResourceError
+        if self._loss is not None:
+            raise self._lost(self._loss) from self._loss
         if self.mid_send:
             raise BrokenResourceError(
                 "an earlier send() was cut short after some of its bytes: whatever "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -33,8 +34,8 @@ class ConnectionTaskGroup(TaskGroup):
     - a cancellation from outside arrives: at the body, at a child or at the wait for
       the children.
 
-    Not failures: cancelling the group (`cancel_scope`), or one child by its handle, and
-    an exception of *finish_on*.
+    Not failures: an exception of *finish_on*, and cancelling the group (`cancel_scope`),
+    one child by its handle, or a group of the same connection around this one.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class ConnectionTaskGroup(TaskGroup):
         reset: Callable[[Cause], None],
         finish_on: tuple[type[BaseException], ...],
     ) -> None:
-        # A scope of its own around AnyIO's group: AnyIO cancels the group's scope by
-        # itself as well, and then it could not be told who did.
+        # A scope of its own around AnyIO's group: AnyIO cancels the group's scope for
+        # a cancellation from outside as well, and then it could not be told who did.
         self.cancel_scope = anyio.CancelScope()
         self._reset = reset
         self._finish_on = finish_on
@@ -51,9 +52,11 @@ class ConnectionTaskGroup(TaskGroup):
         self._stack = AsyncExitStack()
         self._children = 0
         self._childless: anyio.Event | None = None
-        self._winding_down = False
+        self._around: ConnectionTaskGroup | _Child | None = None
 
     async def __aenter__(self) -> Self:
+        self._around = _around.get()
+        _around.set(self)
         self._stack.enter_context(self.cancel_scope)
         await self._stack.enter_async_context(self._group)
         return self
@@ -71,12 +74,14 @@ class ConnectionTaskGroup(TaskGroup):
                         raise exc_val
                     await self._wait_for_children()
                 except BaseException as exc:
-                    self._left_by(exc)
+                    self._left_by(exc, self)
                     raise
         except BaseException as exc:
             if exc is exc_val:
                 return False
             raise
+        finally:
+            _around.set(self._around)
         return True
 
     async def _wait_for_children(self) -> None:
@@ -84,67 +89,78 @@ class ConnectionTaskGroup(TaskGroup):
             self._childless = anyio.Event()
             await self._childless.wait()
 
-    def _left_by(self, exc: BaseException, *, cancelled_alone: bool = False) -> None:
+    def was_stopped(self, reset: Callable[[Cause], None]) -> bool:
+        """Whether it, or what is around it, was cancelled on purpose."""
+        if self._reset == reset and self.cancel_scope.cancel_called:
+            return True
+        return self._around is not None and self._around.was_stopped(reset)
+
+    def _left_by(self, exc: BaseException, left: ConnectionTaskGroup | _Child) -> None:
         cause = cause_of_exit(exc, self._finish_on)
-        if cause is Cause.FINISH_ON:
-            self._winding_down = True  # AnyIO cancels the others: no failure either
-        elif cause is not Cause.CANCELLED:
+        if cause is Cause.CANCELLED:
+            if not left.was_stopped(self._reset):
+                self._reset(Cause.CANCELLED)
+            return
+        if cause is not Cause.FINISH_ON:
             self._reset(Cause.GROUP_FAILED)
-        elif not (
-            cancelled_alone or self._winding_down or self.cancel_scope.cancel_called
-        ):
-            self._reset(Cause.CANCELLED)
+        # What AnyIO does next, and no cancellation from outside for the others.
+        self.cancel_scope.cancel()
 
     async def _run(self, child: _Child, running: Awaitable[T]) -> T:
+        _around.set(child)
         try:
             return await running
         except BaseException as exc:
             if child.has_started:
-                self._left_by(exc, cancelled_alone=child.cancelled_alone)
+                self._left_by(exc, child)
             raise
         finally:
             self._children -= 1
             if not self._children and self._childless is not None:
                 self._childless.set()
 
-    def create_task(
-        self,
-        coro: Coroutine[Any, Any, T],
-        *,
-        name: object = None,
-        context: Context | None = None,
-    ) -> TaskHandle[T]:
-        if not isinstance(coro, Coroutine):
-            raise TypeError(f"expected a coroutine, got {type(coro).__qualname__}")
-        child = _Child()
-        running = self._run(child, coro)
-        if name is None:
-            name = getattr(coro, "__qualname__", None)
-        self._children += 1
-        try:
-            child.handle = self._group.create_task(running, name=name, context=context)
-        except BaseException:
-            self._children -= 1
-            coro.close()
-            raise
-        return child.handle
+    if TYPE_CHECKING or hasattr(TaskGroup, "create_task"):
 
-    if not hasattr(TaskGroup, "create_task"):  # before AnyIO 4.14
-
-        def start_soon(  # type: ignore[misc, override]
+        def create_task(
             self,
-            func: Callable[..., Awaitable[Any]],
-            *args: Any,
+            coro: Coroutine[Any, Any, T],
+            *,
             name: object = None,
-        ) -> None:
-            async def run() -> None:
-                await self._run(_Child(), func(*args))
-
+            context: Context | None = None,
+        ) -> TaskHandle[T]:
+            if not isinstance(coro, Coroutine):
+                raise TypeError(f"expected a coroutine, got {type(coro).__qualname__}")
+            child = _Child(self)
+            if name is None:
+                name = getattr(coro, "__qualname__", None)
+            running = self._run(child, coro)
             self._children += 1
             try:
-                self._group.start_soon(run, name=name or _name_of(func))
+                child.handle = self._group.create_task(
+                    running, name=name, context=context
+                )
             except BaseException:
                 self._children -= 1
+                coro.close()
+                raise
+            return child.handle
+
+    else:  # before AnyIO 4.14
+
+        def start_soon(
+            self, func: Callable[..., Any], *args: Any, name: object = None
+        ) -> None:
+            coro = func(*args)
+            if not isinstance(coro, Coroutine):
+                raise TypeError(f"expected a coroutine, got {type(coro).__qualname__}")
+            self._children += 1
+            try:
+                self._group.start_soon(
+                    self._run, _Child(self), coro, name=name or _name_of(func)
+                )
+            except BaseException:
+                self._children -= 1
+                coro.close()
                 raise
 
     async def start(
@@ -159,7 +175,7 @@ class ConnectionTaskGroup(TaskGroup):
         async def run(*, task_status: TaskStatus[Any]) -> Any:
             nonlocal child
             self._children += 1
-            child = _Child(task_status)
+            child = _Child(self, task_status)
             return await self._run(child, func(*args, task_status=child))
 
         name = name or _name_of(func)
@@ -172,10 +188,13 @@ class ConnectionTaskGroup(TaskGroup):
 class _Child:
     """A child task, and the `task_status` of one that has to start first."""
 
-    def __init__(self, task_status: TaskStatus[Any] | None = None) -> None:
+    def __init__(
+        self, group: ConnectionTaskGroup, task_status: TaskStatus[Any] | None = None
+    ) -> None:
         # Until it has started, its failure is that of the task that waits for it.
         self.has_started = task_status is None
         self.handle: TaskHandle[Any] | None = None
+        self._group = group
         self._task_status = task_status
 
     def started(self, value: Any = None) -> None:
@@ -183,12 +202,18 @@ class _Child:
         self._task_status.started(value)
         self.has_started = True
 
-    @property
-    def cancelled_alone(self) -> bool:
-        """Whether it was cancelled by its own handle."""
-        if self.handle is None:
-            return False
-        return self.handle.status is type(self.handle).Status.CANCELLING
+    def was_stopped(self, reset: Callable[[Cause], None]) -> bool:
+        """Whether it, or what is around it, was cancelled on purpose."""
+        handle = self.handle
+        if handle is not None and handle.status is type(handle).Status.CANCELLING:
+            return True
+        return self._group.was_stopped(reset)
+
+
+# Where the running task is, so that a group knows the groups around it.
+_around: ContextVar[ConnectionTaskGroup | _Child | None] = ContextVar(
+    "anyio_rst task group", default=None
+)
 
 
 def _name_of(func: Callable[..., Any]) -> str:

@@ -1,0 +1,41 @@
+"""The command line: `anyio-rst`, or `python -m anyio_rst`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from . import _demo
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that *argv* (default: the command line) names.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      SystemExit: the command line asks for help, or is wrong (status 2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="anyio-rst", description="TCP connections that end truthfully."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="show how each way out of a handler ends, without and with anyio_rst",
+        description=_demo.__doc__,
+    )
+    _demo.add_arguments(demo)
+    demo.set_defaults(run=_demo.run)
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
