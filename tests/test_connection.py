@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import socket
 from typing import Any
 
@@ -81,10 +82,7 @@ async def expect_fin(kind: str, handler: Any, data: bytes = b"") -> None:
 )
 async def test_send_takes_what_is_bytes_like(kind: str, item: Any) -> None:
     async def handler(conn: Connection) -> None:
-        if kind != "native" and getattr(item, "itemsize", 1) > 1:
-            await conn.send(item.cast("B"))  # AnyIO's and Trio's streams count items
-        else:
-            await conn.send(item)
+        await conn.send(item)
         await conn.send(b"")
 
     await expect_fin(kind, handler, b"abcd")
@@ -369,3 +367,50 @@ async def test_send_to_a_peer_that_reset_raises_peer_reset_and_is_torn_or_not(
     value_of(ending)
     assert ending.kind is CloseKind.RST
     assert ending.peer is PeerClose.RST
+
+
+async def test_send_eof_to_a_peer_that_reset_raises_and_sends_nothing() -> None:
+    """Judged where the reset cannot have been noticed before."""
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"ready")
+        await gone.wait()
+        with pytest.raises(PeerReset):
+            await conn.send_eof()
+
+    gone = anyio.Event()
+    async with serve("native", handler) as service:
+        peer = service.connect()
+        assert await peer.receive(5) == b"ready"
+        peer.reset()
+        gone.set()
+        ending = await service.ending()
+    value_of(ending)
+    assert (ending.kind, ending.peer) == (CloseKind.RST, PeerClose.RST)
+
+
+async def test_send_eof_to_a_peer_that_reset_raises_on_other_streams(kind: str) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"ready")
+        await gone.wait()
+        with pytest.raises(anyio.BrokenResourceError):
+            await conn.send_eof()
+
+    gone = anyio.Event()
+    async with serve(kind, handler) as service:
+        peer = service.connect()
+        assert await peer.receive(5) == b"ready"
+        peer.reset()
+        gone.set()
+        ending = await service.ending()
+    value_of(ending)
+    assert ending.kind is CloseKind.RST
+
+
+async def test_view_with_gaps_is_refused_and_tears_nothing(kind: str) -> None:
+    async def handler(conn: Connection) -> None:
+        with pytest.raises(TypeError, match="contiguous"):
+            await conn.send(memoryview(b"abcd")[::2])  # type: ignore[arg-type]
+        await conn.send(array.array("I", [1, 2]))  # type: ignore[arg-type]
+
+    await expect_fin(kind, handler, array.array("I", [1, 2]).tobytes())

@@ -6,15 +6,18 @@ import functools
 import os
 import socket
 import sys
+import types
 from contextlib import suppress
 from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import pytest
 import trio
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.stapled import StapledByteStream
+from anyio.streams.tls import TLSAttribute
 
 from anyio_rst import (
     Cause,
@@ -22,6 +25,7 @@ from anyio_rst import (
     Connection,
     Drain,
     PeerClose,
+    connect_tcp,
     connection_scope,
     scoped,
     serve_tcp,
@@ -424,3 +428,155 @@ def test_trio_program_without_anyio_of_its_own() -> None:
         Cause.GROUP_FAILED,
         Cause.RAISED,
     ]
+
+
+# Streams that do not make it easy.
+
+
+class Wrapper(anyio.abc.ByteStream):
+    """A byte stream around another, with an `aclose()` of its own."""
+
+    def __init__(self, stream: anyio.abc.SocketStream) -> None:
+        self.stream = stream
+
+    @property
+    def extra_attributes(self) -> Any:
+        return self.stream.extra_attributes
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        return await self.stream.receive(max_bytes)
+
+    async def send(self, item: bytes) -> None:
+        await self.stream.send(item)
+
+    async def send_eof(self) -> None:
+        await self.stream.send_eof()
+
+    async def aclose(self) -> None:
+        try:
+            await anyio.lowlevel.checkpoint()
+        finally:
+            await self.stream.aclose()
+
+
+class FailingWrapper(Wrapper):
+    async def aclose(self) -> None:
+        await anyio.aclose_forcefully(self.stream)
+        raise OSError("the wrapper has its own trouble")
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper, FailingWrapper])
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "fails"])
+async def test_wrapper_with_an_awkward_aclose_changes_nothing(
+    wrapper: type[Wrapper], fails: bool
+) -> None:
+    stream, peer = await foreign_pair()
+    with peer:
+        with suppress(Failure):
+            async with connection_scope(wrapper(stream), drain=None) as conn:
+                await conn.send(b"data")
+                if fails:
+                    raise Failure
+        close = PeerClose.RST if fails else PeerClose.FIN
+        assert await peer.read_to_end() == Seen(b"data", close)
+    assert conn.ending is not None
+    assert conn.ending.cause is (Cause.RAISED if fails else Cause.RETURNED)
+
+
+async def test_stream_that_speaks_tls_is_refused() -> None:
+    class Encrypted(Wrapper):
+        @property
+        def extra_attributes(self) -> Any:
+            return {
+                **self.stream.extra_attributes,
+                TLSAttribute.ssl_object: lambda: object(),
+            }
+
+    stream, peer = await foreign_pair()
+    with peer:
+        with pytest.raises(TypeError, match="without a close_notify"):
+            connection_scope(Encrypted(stream))
+        await stream.aclose()
+        assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+
+
+# Coroutines that are closed.
+
+
+@pytest.mark.parametrize("finish_on", [(), BaseException], ids=["plain", "finish_on"])
+async def test_coroutine_that_is_closed_resets(kind: str, finish_on: Any) -> None:
+    """As when it is forgotten: nothing can be awaited then, and so nothing finished."""
+
+    @types.coroutine
+    def suspend() -> Any:
+        yield
+
+    async def forgotten(conn: Connection) -> None:
+        async with connection_scope(conn, finish_on=finish_on):
+            await suspend()
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"half")
+        coroutine = forgotten(conn)
+        coroutine.send(None)
+        coroutine.close()
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            assert await peer.read_to_end() == Seen(b"half", PeerClose.RST)
+        ending = await service.ending()
+    value_of(ending)
+    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.RAISED)
+
+
+async def test_async_generator_that_is_closed_resets(kind: str) -> None:
+    async def chunks(conn: Connection) -> Any:
+        async with connection_scope(conn):
+            while True:
+                yield await conn.receive()
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"half")
+        generator = chunks(conn)
+        assert await generator.__anext__() == b"x"
+        await generator.aclose()
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            await peer.send(b"x")
+            assert await peer.read_to_end() == Seen(b"half", PeerClose.RST)
+        value_of(await service.ending())
+
+
+async def test_abort_and_a_new_connection_on_the_same_descriptor_disturb_nobody(
+    kind: str,
+) -> None:
+    """On asyncio, AnyIO forgets a waiter by the number of its descriptor."""
+    drained: list[Any] = []
+
+    async def handler(conn: Connection) -> None:
+        async def receive() -> None:
+            with suppress(anyio.ClosedResourceError):
+                await conn.receive()
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            async with connect_tcp("127.0.0.1", port, drain=Drain(LONG)) as other:
+                conn.abort()
+            drained.append(other.ending)
+
+    async def end_late(conn: Connection) -> None:
+        # Our FIN comes before the peer's, so that there is something to wait for.
+        with pytest.raises(anyio.EndOfStream):
+            await conn.receive()
+        await anyio.wait_all_tasks_blocked()
+
+    async with serve("native", end_late) as echo:
+        port = echo.port
+        async with serve(kind, handler) as service:
+            with service.connect() as peer:
+                assert (await peer.read_to_end()).close is PeerClose.RST
+            value_of(await service.ending())
+    (ending,) = drained
+    assert ending.peer is PeerClose.FIN

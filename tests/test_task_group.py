@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from anyio_rst import Cause, CloseKind, Connection, Ending, PeerClose
 
-from serving import Seen, serve
+from serving import Seen, serve, value_of
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -342,3 +342,45 @@ async def test_deadline_of_the_group_itself_finishes(kind: str) -> None:
         with service.connect() as peer:
             seen = await peer.read_to_end()
         assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+@pytest.mark.parametrize("how", ["the group", "the child"])
+async def test_stopping_a_group_stops_the_groups_within_it_without_a_reset(
+    kind: str, how: str
+) -> None:
+    if how == "the child" and not HAS_HANDLES:
+        pytest.skip("AnyIO 4.14 brought task handles")
+
+    async def nested(conn: Connection) -> None:
+        async with conn.create_task_group() as inner:
+            inner.start_soon(anyio.sleep_forever)
+
+    async def handler(conn: Connection) -> None:
+        async with conn.create_task_group() as outer:
+            handle = outer.start_soon(nested, conn)
+            await wait_all_tasks_blocked()
+            if how == "the group":
+                outer.cancel_scope.cancel()
+            else:
+                handle.cancel()
+        assert conn.ending is None
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        assert_fin(seen, await service.ending(), Cause.RETURNED)
+
+
+async def test_a_failure_cancels_the_scope_of_the_group_like_anyios() -> None:
+    async def handler(conn: Connection) -> None:
+        with pytest.raises(ExceptionGroup):
+            async with conn.create_task_group() as tg:
+                tg.start_soon(fail)
+        assert tg.cancel_scope.cancel_called
+
+    async with serve("native", handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+        ending = await service.ending()
+    assert_rst(seen, ending, Cause.GROUP_FAILED)
+    value_of(ending)

@@ -97,7 +97,7 @@ class ForeignStream(EndableStream):
 
     def _check_for_loss(self) -> None:
         with self._borrowed() as sock:
-            loss = _sockets.pending_error(sock)
+            loss = _sockets.loss(sock)
         if loss is not None:
             raise self._lost(loss) from loss
 

@@ -141,12 +141,26 @@ def send_fin(sock: socket.socket) -> OSError | None:
     try:
         sock.shutdown(socket.SHUT_WR)
     except OSError as exc:
-        return pending_error(sock) or exc
+        return _pending_error(sock) or exc
     return None
 
 
-def pending_error(sock: socket.socket) -> OSError | None:
-    """What ended the connection, if no call has been told yet: SO_ERROR of socket(7)."""
+def loss(sock: socket.socket) -> OSError | None:
+    """What ended the connection, or None if it has not ended.
+
+    ENOTCONN if that has been told before, or if both sides have finished.
+    """
+    error = _pending_error(sock)
+    if error is None:
+        try:
+            sock.getpeername()
+        except OSError as exc:
+            error = exc
+    return error
+
+
+def _pending_error(sock: socket.socket) -> OSError | None:
+    """The error that no call has been told yet: SO_ERROR of socket(7)."""
     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     return OSError(code, os.strerror(code)) if code else None
 
