@@ -11,7 +11,7 @@ nox.options.default_venv_backend = "venv"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 # The oldest that the dependencies of pyproject.toml admit.
-OLDEST = ["anyio==4.10.0", "outcome==1.2.0", "trio==0.26.1"]
+OLDEST = ["anyio==4.13.0", "outcome==1.2.0", "trio==0.32.0", "pytest==8.3.5"]
 
 
 def group(name: str) -> list[str]:

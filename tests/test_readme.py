@@ -1,0 +1,134 @@
+"""The README says what is so."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_demo import table
+
+from serving import LONG
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+GREETING, SCOPE, SERVER, CLIENT = BLOCKS
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port
+
+
+def connect(port: int, server: subprocess.Popen[str]) -> socket.socket:
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):  # not yet listening
+            return socket.create_connection(("127.0.0.1", port), timeout=LONG)
+        assert server.poll() is None
+
+
+@contextlib.contextmanager
+def running(block: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """The block as a program, on a port that is free."""
+    port = free_port()
+    program = [sys.executable, "-c", block.replace("8000", str(port))]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield port, process
+        finally:
+            process.kill()
+
+
+def ask(port: int, server: subprocess.Popen[str], word: str) -> tuple[bytes, str]:
+    """What *server* answers to *word*, and with what it ends."""
+    with connect(port, server) as sock:
+        sock.sendall(word.encode())
+        sock.shutdown(socket.SHUT_WR)
+        answer = b""
+        try:
+            while chunk := sock.recv(100):
+                answer += chunk
+        except ConnectionResetError:
+            return answer, "RST"
+        return answer, "FIN"
+
+
+def test_the_ten_lines_do_what_they_say() -> None:
+    assert len(GREETING.strip().splitlines()) <= 10
+    with running(GREETING) as (port, server):
+        assert ask(port, server, "Ada") == (b"Hello, ADA", "FIN")
+        assert ask(port, server, "Zoë") == (b"Hello, ", "RST")
+        assert ask(port, server, "Eve") == (b"Hello, EVE", "FIN")
+
+
+def test_the_scope_does_what_it_says() -> None:
+    with running(SCOPE) as (port, server):
+        assert ask(port, server, "Ada") == (b"Ada", "FIN")
+        server.send_signal(signal.SIGCONT)  # it still runs
+
+
+def test_the_server_does_what_it_says() -> None:
+    with running(SERVER) as (port, server):
+        assert ask(port, server, "Ada") == (b"Ada", "FIN")
+        assert server.stdout is not None
+        assert f"{port})" in server.stdout.readline()
+        assert "Ending(kind=<CloseKind.FIN: 'FIN'>" in server.stdout.readline()
+    short_lived = SERVER.replace("live_for, 60", "live_for, 0.1")
+    with running(short_lived) as (port, server), connect(port, server) as sock:
+        with pytest.raises(ConnectionResetError):
+            sock.recv(100)
+
+
+@pytest.mark.parametrize(
+    ("linger", "verdict"), [(None, "complete: b'Hello'"), (0, "truncated")]
+)
+def test_the_client_does_what_it_says(linger: int | None, verdict: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        block = CLIENT.replace("8000", str(listener.getsockname()[1]))
+        block = block.replace("localhost", "127.0.0.1")
+        with subprocess.Popen(
+            [sys.executable, "-c", block], stdout=subprocess.PIPE, text=True
+        ) as client:
+            listener.settimeout(LONG)
+            sock, _ = listener.accept()
+            with sock:
+                assert sock.recv(100) == b"Ada"
+                sock.sendall(b"Hello")
+                if linger is not None:
+                    option = struct.pack("ii", 1, linger)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+            assert client.stdout is not None
+            assert client.stdout.read() == f"{verdict}\n"
+
+
+def test_the_table_is_that_of_the_demo() -> None:
+    """But for the numbers of bytes, which are not always the same."""
+
+    def without_numbers(output: str) -> dict[str, list[str]]:
+        return {
+            name: [re.sub(r"[\d,]*\d", "N", cell) for cell in cells]
+            for name, cells in table(output).items()
+        }
+
+    (printed,) = re.findall(r"```text\n(.*?)```", README.read_text(), re.DOTALL)
+    demo = subprocess.run(
+        [sys.executable, "-m", "anyio_rst", "demo"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    rows = without_numbers(printed)
+    assert rows
+    assert rows == without_numbers(demo.stdout)
