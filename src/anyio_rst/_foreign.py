@@ -78,7 +78,10 @@ class ForeignStream(EndableStream):
         self.mid_send = False
 
     async def _send_eof(self) -> None:
-        self._check_for_loss()
+        with self._borrowed() as sock:
+            loss = _sockets.loss(sock)
+        if loss is not None:
+            raise self._lost(loss) from loss
         await self._stream.send_eof()
         # uvloop has only made a note of it then.
         with self._borrowed() as sock:
@@ -94,12 +97,6 @@ class ForeignStream(EndableStream):
                 yield sock
         except OSError as exc:  # the stream closed it
             raise self._lost(exc) from exc
-
-    def _check_for_loss(self) -> None:
-        with self._borrowed() as sock:
-            loss = _sockets.loss(sock)
-        if loss is not None:
-            raise self._lost(loss) from loss
 
     async def aclose(self) -> None:
         await self._stream.aclose()

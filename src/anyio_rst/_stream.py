@@ -46,11 +46,6 @@ class EndableStream(SocketStream):
         self._loss: BaseException | None = None
 
     @property
-    def torn(self) -> bool:
-        """Whether a FIN would now pass a send off as whole that is not."""
-        return self.mid_send
-
-    @property
     def busy(self) -> bool:
         """Whether a task is waiting in this stream."""
         return self._receiving or self._sending
