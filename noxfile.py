@@ -14,7 +14,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 OLDEST = ["anyio==4.13.0", "outcome==1.2.0", "trio==0.32.0", "pytest==8.3.5"]
 
 
-def group(name: str) -> list[str]:
+def group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PYPROJECT, name)
 
 

@@ -1,6 +1,7 @@
 """A server that dies: `python dying.py LOOP KIND DEATH`, for test_process_death.py.
 
-It prints its port, sends `HALF` to its first connection, and then dies.
+It prints its port, waits for `REQUEST` on the one connection it gets, sends `HALF`, and
+then dies. (With nothing to wait for it could die before the peer's connect() returns.)
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import os
 import resource
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 import anyio
-import anyio.abc
 import anyio.to_thread
+import trio
+from anyio.abc import ByteStream, SocketAttribute
 
 from anyio_rst import Connection, connection_scope, serve_tcp
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
+REQUEST = b"?"
 HALF = b"half"
-
 LOCALHOST = "127.0.0.1"
 
 
@@ -32,8 +35,21 @@ class Failure(Exception):
     pass
 
 
+class Announcement:
+    """A `task_status` that prints the port of what has started."""
+
+    def started(self, value: Any = None) -> None:
+        # A Server, or the listeners of Trio.
+        announce(value[0].socket.getsockname()[1] if type(value) is list else value.port)
+
+
+def announce(port: int) -> None:
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+
+
 def die(death: str) -> None:
-    """Does not return. Whatever ends the process, these give it different exit codes."""
+    """Every death has an exit status of its own. Some are up to main()."""
     if death == "os._exit":
         os._exit(7)
     elif death == "SIGKILL":
@@ -49,95 +65,103 @@ def die(death: str) -> None:
         raise Failure
 
 
-class Program:
-    def __init__(self, kind: str, death: str) -> None:
-        self.kind = kind
-        self.death = death
-        self.half_sent = anyio.Event()
-
-    async def handle(self, stream: anyio.abc.ByteStream) -> None:
+async def serve(kind: str, death: str, half_sent: anyio.Event) -> None:
+    async def handler(stream: ByteStream) -> None:
+        assert await stream.receive() == REQUEST
         await stream.send(HALF)
-        die(self.death)
-        self.half_sent.set()
+        half_sent.set()
+        die(death)
         await anyio.sleep_forever()
 
-    async def handle_in_scope(self, stream: Any) -> None:
+    async def in_scope(stream: Any) -> None:
         async with connection_scope(stream) as conn:
-            await self.handle(conn)
+            await handler(conn)
 
-    async def serve(self) -> None:
-        if self.kind == "native":
-            await serve_tcp(
-                self.handle, host=LOCALHOST, propagate_errors=True, task_status=Announce()
-            )
-        elif self.kind == "trio":
-            import trio
+    if kind == "native":
+        await serve_tcp(
+            handler, host=LOCALHOST, propagate_errors=True, task_status=Announcement()
+        )
+    elif kind == "trio":
+        await trio.serve_tcp(in_scope, 0, host=LOCALHOST, task_status=Announcement())
+    else:
+        async with await anyio.create_tcp_listener(local_host=LOCALHOST) as listener:
+            announce(listener.extra(SocketAttribute.local_port))
+            await listener.serve(in_scope if kind == "foreign" else handler)
 
-            await trio.serve_tcp(
-                self.handle_in_scope, 0, host=LOCALHOST, task_status=Announce()
-            )
+
+async def return_from_main(kind: str) -> None:
+    """Return while the server runs, in a task that nobody waits for."""
+    half_sent = anyio.Event()
+    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+        task = asyncio.ensure_future(serve(kind, "", half_sent))
+        await half_sent.wait()
+        assert not task.done()
+    else:
+        trio.lowlevel.spawn_system_task(serve, kind, "", half_sent)
+        await half_sent.wait()
+
+
+async def forget(kind: str) -> None:
+    """Enter a scope by hand, forget all about it, and go on living."""
+    stream = await accept(kind)
+    conn = await connection_scope(stream).__aenter__()
+    assert await conn.receive() == REQUEST
+    # What asyncio's loop is reading is no garbage: the loop holds it. AnyIO lets it read
+    # an accepted stream until a receive() has waited.
+    with anyio.move_on_after(0):
+        await conn.receive()
+    await conn.send(HALF)
+    del stream, conn
+    gc.collect()
+    await anyio.to_thread.run_sync(sys.stdin.read)
+
+
+async def accept(kind: str) -> Any:
+    if kind == "native":
+        detached: list[Any] = []
+
+        async def handler(conn: Connection) -> None:
+            detached.append(conn.detach())
+            server.stop()
+
+        async with anyio.create_task_group() as tg:
+            server = await tg.start(partial(serve_tcp, handler, host=LOCALHOST))
+            announce(server.port)
+        return detached.pop()
+    if kind == "trio":
+        listeners: list[Any] = await trio.open_tcp_listeners(0, host=LOCALHOST)
+        announce(listeners[0].socket.getsockname()[1])
+    else:
+        bound = await anyio.create_tcp_listener(local_host=LOCALHOST)
+        listeners = list(bound.listeners)
+        announce(bound.extra(SocketAttribute.local_port))
+    async with listeners[0]:
+        return await listeners[0].accept()
+
+
+async def main(kind: str, death: str) -> None:
+    if death == "return from main":
+        await return_from_main(kind)
+    elif death == "forgotten":
+        await forget(kind)
+    else:
+        await serve(kind, death, anyio.Event())
+
+
+def run(loop: str, kind: str, death: str) -> None:
+    try:
+        if loop == "trio":
+            trio.run(main, kind, death)
         else:
-            listener = await anyio.create_tcp_listener(local_host=LOCALHOST)
-            async with listener:
-                announce(listener.extra(anyio.abc.SocketAttribute.local_port))
-                await listener.serve(
-                    self.handle_in_scope if self.kind == "foreign" else self.handle
-                )
-
-    async def return_from_main(self) -> None:
-        """Return while the server still runs, in a task that nobody waits for."""
-        if asyncio_is_running():
-            task = asyncio.ensure_future(self.serve())
-            await self.half_sent.wait()
-            del task
-        else:
-            import trio
-
-            trio.lowlevel.spawn_system_task(self.serve)
-            await self.half_sent.wait()
-
-    async def forget(self) -> None:
-        """Enter a scope by hand, forget everything about it, and live on."""
-        stream = await self.accept_one()
-        conn = await connection_scope(stream).__aenter__()
-        # An accepted stream of asyncio belongs to the loop until its first receive().
-        assert await conn.receive() == b"?"
-        await conn.send(HALF)
-        del stream, conn
-        gc.collect()
-        await anyio.to_thread.run_sync(sys.stdin.read)
-
-    async def accept_one(self) -> Any:
-        if self.kind == "native":
-            # Not forgotten by serve_tcp() before it is detached.
-            detached: list[Any] = []
-
-            async def detach(conn: Connection) -> None:
-                detached.append(conn.detach())
-                server.stop()
-
-            async with anyio.create_task_group() as tg:
-                server = await tg.start(serve_here, detach)
-            return detached.pop()
-        if self.kind == "trio":
-            import trio
-
-            (trio_listener,) = await trio.open_tcp_listeners(0, host=LOCALHOST)
-            async with trio_listener:
-                announce(trio_listener.socket.getsockname()[1])
-                return await trio_listener.accept()
-        multi_listener = await anyio.create_tcp_listener(local_host=LOCALHOST)
-        async with multi_listener:
-            (listener,) = multi_listener.listeners
-            announce(listener.extra(anyio.abc.SocketAttribute.local_port))
-            return await listener.accept()
-
-    async def main(self) -> None:
-        if self.death == "return from main":
-            await self.return_from_main()
-        elif self.death == "forgotten":
-            await self.forget()
-        else:
-            await self.serve()
+            options = {"use_uvloop": loop == "uvloop"}
+            anyio.run(main, kind, death, backend_options=options)
+    except BaseExceptionGroup as group:
+        # The exit status of a group is 1, whatever is in it.
+        exc: BaseException = group
+        while isinstance(exc, BaseExceptionGroup):
+            (exc,) = exc.exceptions
+        raise exc from None
 
 
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import types
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
@@ -530,7 +531,7 @@ async def test_coroutine_that_is_closed_resets(kind: str, finish_on: Any) -> Non
 
 
 async def test_async_generator_that_is_closed_resets(kind: str) -> None:
-    async def chunks(conn: Connection) -> Any:
+    async def chunks(conn: Connection) -> AsyncGenerator[bytes, None]:
         async with connection_scope(conn):
             while True:
                 yield await conn.receive()

@@ -19,6 +19,7 @@ import anyio.lowlevel
 import pytest
 import trio
 from anyio import wait_all_tasks_blocked
+from conftest import ASYNCIO
 
 from anyio_rst import (
     Cause,
@@ -32,7 +33,6 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from conftest import ASYNCIO
 from serving import LONG, Peer, Seen
 
 if sys.version_info < (3, 11):
@@ -388,11 +388,12 @@ async def test_cancelling_cuts_a_drain_short_and_leaves_it_a_fin() -> None:
 
 async def test_backlog_of_a_server_that_stops_is_reset() -> None:
     """What was never accepted gets no FIN, which would say that it was served."""
+    peers: list[Peer] = []
     async with anyio.create_task_group() as tg:
         server = await tg.start(partial(serve_tcp, echo, host="127.0.0.1"))
         server.stop()
-        peer = Peer(server.port)  # accepted by the kernel, and by nobody else
-    with peer:
+        peers.append(Peer(server.port))  # accepted by the kernel, and by nobody else
+    with peers[0] as peer:
         assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
 
 
@@ -400,12 +401,14 @@ async def test_backlog_of_a_server_that_stops_is_reset() -> None:
 
 
 async def test_handlers_run_in_the_task_group_of_the_caller() -> None:
+    peers: list[Peer] = []
     async with anyio.create_task_group() as handlers:
         async with anyio.create_task_group() as tg:
             server = await tg.start(
                 partial(serve_tcp, echo, host="127.0.0.1", task_group=handlers)
             )
             peer = Peer(server.port)
+            peers.append(peer)
             await peer.send(b"before")
             assert await peer.receive(6) == b"before"
             tg.cancel_scope.cancel()
@@ -413,7 +416,7 @@ async def test_handlers_run_in_the_task_group_of_the_caller() -> None:
         await peer.send(b"after")
         assert await peer.receive(5) == b"after"
         handlers.cancel_scope.cancel()
-    with peer:
+    with peers[0] as peer:
         assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
 
 

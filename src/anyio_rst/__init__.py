@@ -28,4 +28,3 @@ __all__ = [
 for _name in __all__:
     # Shown, and pickled, under the names that users import.
     globals()[_name].__module__ = __name__
-del _name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import anyio
 
@@ -13,6 +13,7 @@ from ._scope import connection_scope
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
     from ipaddress import IPv4Address, IPv6Address
 
     from ._connection import Connection
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["connect_tcp"]
 
 
-@asynccontextmanager
-async def connect_tcp(
+def connect_tcp(
     host: str | IPv4Address | IPv6Address,
     port: int,
     *,
@@ -30,7 +30,7 @@ async def connect_tcp(
     happy_eyeballs_delay: float = 0.25,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
-) -> AsyncIterator[Connection]:
+) -> AbstractAsyncContextManager[Connection, None]:
     """Connect over TCP, and end the connection the way the body ends.
 
     ::
@@ -51,8 +51,14 @@ async def connect_tcp(
     """
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
-    stream = await anyio.connect_tcp(
-        host, port, local_host=local_host, happy_eyeballs_delay=happy_eyeballs_delay
-    )
-    async with connection_scope(stream, finish_on=finish_on, drain=drain) as connection:
-        yield connection
+
+    @asynccontextmanager
+    async def connected() -> AsyncIterator[Connection]:
+        stream = await anyio.connect_tcp(
+            host, port, local_host=local_host, happy_eyeballs_delay=happy_eyeballs_delay
+        )
+        async with connection_scope(stream, finish_on=finish_on, drain=drain) as conn:
+            yield conn
+
+    # It never swallows an exception, which its type would leave open.
+    return cast("AbstractAsyncContextManager[Connection, None]", connected())

@@ -30,7 +30,7 @@ def connection_scope(
     *,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
-) -> AbstractAsyncContextManager[Connection]:
+) -> AbstractAsyncContextManager[Connection, None]:
     """End a TCP connection the way the body ends: FIN for success, RST for the rest.
 
     ::

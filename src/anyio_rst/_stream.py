@@ -35,10 +35,10 @@ class EndableStream(SocketStream):
 
     def __init__(self, remote_address: tuple[str, int] | None) -> None:
         self.remote_address = remote_address
-        self.peer = PeerClose.NONE
-        self.mid_send = False  # some bytes of a send went out, and not the others
-        self.eof_sent = False
-        self.discarded = 0
+        self.peer: PeerClose = PeerClose.NONE
+        self.mid_send: bool = False  # some bytes of a send went out, others did not
+        self.eof_sent: bool = False
+        self.discarded: int = 0
         self.unacknowledged: int | None = None
         self._closed = False
         self._receiving = False
