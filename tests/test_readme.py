@@ -1,4 +1,4 @@
-"""The README says what is so."""
+"""The README and the docs say what is so."""
 
 from __future__ import annotations
 
@@ -132,3 +132,10 @@ def test_the_table_is_that_of_the_demo() -> None:
     rows = without_numbers(printed)
     assert rows
     assert rows == without_numbers(demo.stdout)
+
+
+def test_the_table_of_causes_is_that_of_the_code() -> None:
+    text = (README.parent / "docs" / "endings.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)` \| .* \| (FIN|RST|nothing)", text, re.MULTILINE)
+    told = {cause: kind.replace("nothing", "DETACHED") for cause, kind in rows}
+    assert told == {cause.name: kind.name for cause, kind in KIND_OF.items()}
