@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from test_demo import table
 
+from anyio_rst._ending import KIND_OF
+
 from serving import LONG
 
 README = Path(__file__).parents[1] / "README.md"
