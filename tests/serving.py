@@ -17,7 +17,6 @@ import trio
 from anyio.streams.buffered import BufferedByteStream
 
 from anyio_rst import (
-    CloseKind,
     Connection,
     Ending,
     PeerClose,
@@ -215,12 +214,12 @@ async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Se
         service.close()
 
 
-def assert_ended_as(seen: Seen, ending: Ending) -> None:
-    """What the peer saw is what the ending says."""
-    if ending.kind is CloseKind.FIN:
-        assert seen.close is PeerClose.FIN
-    elif ending.kind is CloseKind.RST and not ending.fin_sent_before_reset:
-        assert seen.close is PeerClose.RST
+async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:
+    """AnyIO's own stream, and the plain socket at its other end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = Peer(listener.getsockname()[1])
+        sock, _ = listener.accept()
+    return await anyio.abc.SocketStream.from_socket(sock), peer
 
 
 def value_of(ending: Ending) -> object:

@@ -107,7 +107,7 @@ def flood(peer: Peer) -> Iterator[subprocess.Popen[bytes]]:
     peer.sock.settimeout(None)  # the process gets the socket as it is
     command = ["timeout", str(LONG), "cat", "/dev/zero"]
     with subprocess.Popen(
-        command, stdout=peer.sock, stderr=subprocess.DEVNULL
+        command, stdout=peer.sock.fileno(), stderr=subprocess.DEVNULL
     ) as process:
         try:
             yield process

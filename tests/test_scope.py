@@ -32,7 +32,7 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from serving import LONG, Peer, Seen, serve, value_of
+from serving import LONG, Peer, Seen, foreign_pair, serve, value_of
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -140,14 +140,6 @@ async def test_listener_is_refused() -> None:
     async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
         with pytest.raises(TypeError, match="takes a byte stream over TCP"):
             connection_scope(listener)  # type: ignore[arg-type]
-
-
-async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:
-    """AnyIO's own stream, and the plain socket at its other end."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        peer = Peer(listener.getsockname()[1])
-        sock, _ = listener.accept()
-    return await anyio.abc.SocketStream.from_socket(sock), peer
 
 
 async def test_closed_stream_is_refused() -> None:
