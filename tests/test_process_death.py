@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import pytest
 
-from anyio_rst import PeerClose
+from anyio_rst import PeerClose, _sockets
 
 from serving import LONG, Peer, Seen
 
@@ -83,6 +83,8 @@ def test_death_of_the_process_resets(loop: str, kind: str, death: str) -> None:
 
 @pytest.mark.parametrize(("loop", "kind"), LOOPS_AND_KINDS)
 def test_forgotten_stream_resets(loop: str, kind: str) -> None:
+    if _sockets._anyio_version() < (4, 16) and kind == "foreign" and loop != "trio":
+        pytest.skip("the loop goes on reading with this AnyIO: nothing is forgotten")
     with server(loop, kind, "forgotten") as process:
         assert judge(process) == Seen(HALF, PeerClose.RST)
         assert process.poll() is None
