@@ -19,11 +19,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio.abc import SocketAttribute
 
-from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose
+from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose, _sockets
 
 from serving import LONG, Peer, Seen, error_of, serve, value_of
 
@@ -258,6 +259,8 @@ async def test_other_connections_are_served_during_a_flood(kind: str) -> None:
             assert await flooder.read_to_end() == Seen(b"", PeerClose.FIN)
             drained = await service.next()
             with flood(flooder) as flooding, service.connect() as other:
+                while not _sockets.unacknowledged(flooder.sock, fin_sent=False):
+                    await anyio.lowlevel.checkpoint()  # not yet flooding
                 await other.send(b"e")
                 for _ in range(100):
                     await other.send(b"ping")

@@ -56,7 +56,8 @@ def ask(port: int, server: subprocess.Popen[str], word: str) -> tuple[bytes, str
     """What *server* answers to *word*, and with what it ends."""
     with connect(port, server) as sock:
         sock.sendall(word.encode())
-        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # it may have been reset already
+            sock.shutdown(socket.SHUT_WR)
         answer = b""
         try:
             while chunk := sock.recv(100):

@@ -112,20 +112,20 @@ class ForeignStream(EndableStream):
             _sockets.reset(sock)
         self._close_stream()
 
-    def send_fin(self) -> bool:
+    async def send_fin(self, last: bytes = b"") -> None:
         self._closed = True
-        fin_sent = False
         # The stream would answer unread input with an RST when it is closed, so its
         # socket lives on in a copy, for the drain. With no descriptor to be had for
         # that (EMFILE) there is no drain.
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
-            fin_sent = self._finish(sock)
-            self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=True)
-            if self.peer is PeerClose.NONE:
+            last = self._finish(sock, last)
+            self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=self.eof_sent)
+            if self._loss is None and (last or self.peer is PeerClose.NONE):
                 self._taken = NativeStream(_sockets.duplicate(sock), None)
-                self._taken.eof_sent = True
+                self._taken.eof_sent = self.eof_sent
+                self._taken.peer = self.peer
+                await self._taken.send_fin(last)
         self._close_stream()
-        return fin_sent
 
     async def drain(self, limits: Drain) -> None:
         if self._taken is not None:
@@ -134,6 +134,8 @@ class ForeignStream(EndableStream):
             finally:
                 self.peer = self._taken.peer
                 self.discarded = self._taken.discarded
+                self.eof_sent = self._taken.eof_sent
+                self.mid_send = self._taken.mid_send
 
     def close(self) -> None:
         if self._taken is not None:

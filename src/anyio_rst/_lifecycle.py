@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from anyio import ClosedResourceError, Event
 
-from ._ending import Cause, CloseKind, Ending
+from ._ending import Cause, CloseKind, Ending, verdict
 
 if TYPE_CHECKING:
     from outcome import Error, Value
@@ -32,14 +32,13 @@ if TYPE_CHECKING:
 class Lifecycle:
     """Shared by all :class:`Connection` objects on one connection."""
 
-    __slots__ = ("_fin_sent", "_over", "_stream", "cause", "ending")
+    __slots__ = ("_over", "_stream", "cause", "ending")
 
     def __init__(self, stream: EndableStream) -> None:
         self.cause: Cause | None = None
         """The verdict, once it has fallen."""
         self.ending: Ending | None = None
         self._stream = stream
-        self._fin_sent = False
         self._over: Event | None = None
 
     @property
@@ -71,9 +70,9 @@ class Lifecycle:
                 self.cut_short(outcome)
             return
         self.cause = cause
-        self._fin_sent = self._stream.send_fin()
+        await self._stream.send_fin()
         try:
-            if drain is not None and self._fin_sent:
+            if drain is not None:
                 with suppress(ClosedResourceError):  # another task cut it short
                     await self._stream.drain(drain)
         finally:
@@ -83,8 +82,13 @@ class Lifecycle:
         """Finishing or not: this is the end."""
         if self.ending is None:
             self._stream.close()
-            kind = CloseKind.FIN if self._fin_sent else CloseKind.RST
-            self._end(kind, outcome)
+            if self._stream.eof_sent:
+                self._end(CloseKind.FIN, outcome)
+            else:
+                assert self.cause is not None
+                # Its last words, a close_notify, were cut short; or it was gone before.
+                self.cause = verdict(self.cause, torn=self._stream.mid_send)
+                self._end(CloseKind.RST, outcome)
 
     def detach(self) -> None:
         self.cause = Cause.DETACHED

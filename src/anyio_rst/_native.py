@@ -9,7 +9,13 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from anyio import move_on_after, notify_closing, wait_readable, wait_writable
+from anyio import (
+    create_task_group,
+    move_on_after,
+    notify_closing,
+    wait_readable,
+    wait_writable,
+)
 from anyio.lowlevel import checkpoint
 
 from . import _sockets
@@ -34,6 +40,7 @@ class NativeStream(EndableStream):
     ) -> None:
         super().__init__(remote_address)
         self._sock = sock
+        self._last = b""
 
     @property
     def _raw_socket(self) -> socket.socket:
@@ -86,16 +93,19 @@ class NativeStream(EndableStream):
         _sockets.reset(self._sock)
         self._close()
 
-    def send_fin(self) -> bool:
+    async def send_fin(self, last: bytes = b"") -> None:
         self._closed = True
         self._wake()
-        return self._finish(self._sock)
+        self._last = self._finish(self._sock, last)
 
     async def drain(self, limits: Drain) -> None:
         while self._receiving:
             # On asyncio, AnyIO forgets a waiter by its descriptor. One that was woken
             # has to be gone before the drain waits for the same descriptor.
             await checkpoint()
+        if self._last:
+            with move_on_after(limits.timeout):
+                await self._send_last(limits)
         if self.peer is not PeerClose.NONE or self._discard(limits):
             return
         self._receiving = True
@@ -111,6 +121,28 @@ class NativeStream(EndableStream):
             self._receiving = False
             if not done and self._sock.fileno() != -1:
                 self._discard(limits)  # cut short: leave as little unread as can be
+
+    async def _send_last(self, limits: Drain) -> None:
+        """Complete :meth:`send_fin`, and read all the while.
+
+        A peer that is sending may read nothing before it is done.
+        """
+
+        async def read() -> None:
+            while not self._discard(limits):
+                await wait_readable(self._sock)
+
+        await checkpoint()
+        self._receiving = True
+        try:
+            async with create_task_group() as tg:
+                tg.start_soon(read)
+                while self._last:
+                    await wait_writable(self._sock)
+                    self._last = self._finish(self._sock, self._last)
+                tg.cancel_scope.cancel()
+        finally:
+            self._receiving = False
 
     def _discard(self, limits: Drain) -> bool:
         """Discard what has arrived; True when there is nothing more to wait for."""

@@ -30,7 +30,8 @@ class EndableStream(SocketStream):
     """A TCP byte stream that remembers what matters for its ending.
 
     The public half has AnyIO's exact meanings. An ending is :meth:`reset`, or
-    :meth:`send_fin`, :meth:`drain` and :meth:`close` in this order.
+    :meth:`send_fin`, :meth:`drain` and :meth:`close` in this order. A :meth:`close`
+    before the FIN is out is a reset.
     """
 
     def __init__(self, remote_address: tuple[str, int] | None) -> None:
@@ -127,16 +128,17 @@ class EndableStream(SocketStream):
         """Send the RST and close. Synchronous, and good without an event loop."""
 
     @abstractmethod
-    def send_fin(self) -> bool:
-        """Close to the users, disarm, and send the FIN behind what they sent.
+    async def send_fin(self, last: bytes = b"") -> None:
+        """Close to the users, and send *last* and the FIN behind what they sent.
 
-        Returns:
-          False when the connection was gone: no FIN was sent.
+        Not a checkpoint. What the socket does not take at once is left to
+        :meth:`drain`. When the FIN is out, :attr:`eof_sent` is true, and the socket
+        disarmed; it never is if the connection was gone.
         """
 
     @abstractmethod
     async def drain(self, limits: Drain) -> None:
-        """Read and discard until the peer's FIN or a limit.
+        """Read and discard until the peer's FIN or a limit; complete :meth:`send_fin`.
 
         What is found goes to :attr:`discarded` and :attr:`peer`.
         """
@@ -149,15 +151,30 @@ class EndableStream(SocketStream):
     def release(self) -> object:
         """Disarm, and return the stream that the next owner knows."""
 
-    def _finish(self, sock: socket.socket) -> bool:
-        """Disarm *sock* and send the FIN; see :meth:`send_fin`."""
-        _sockets.disarm(sock)
+    def _finish(self, sock: socket.socket, last: bytes) -> bytes:
+        """Send *last* and the FIN as far as *sock* takes them; see :meth:`send_fin`.
+
+        Returns:
+          The rest of *last*; nothing if the connection was gone.
+        """
+        try:
+            while last:
+                self.mid_send = True
+                last = last[sock.send(last) :]
+        except BlockingIOError:
+            return last
+        except OSError as exc:
+            self._lost(exc)
+            return b""
+        self.mid_send = False
         if not self.eof_sent:
             loss = _sockets.send_fin(sock)
-            self.eof_sent = loss is None
             if loss is not None:
                 self._lost(loss)
-        return self.eof_sent
+                return b""
+            self.eof_sent = True
+        _sockets.disarm(sock)
+        return b""
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
