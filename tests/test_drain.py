@@ -24,7 +24,7 @@ import anyio.to_thread
 import pytest
 from anyio.abc import SocketAttribute
 
-from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose, _sockets
+from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose
 
 from serving import LONG, Peer, Seen, error_of, serve, value_of
 
@@ -259,7 +259,7 @@ async def test_other_connections_are_served_during_a_flood(kind: str) -> None:
             assert await flooder.read_to_end() == Seen(b"", PeerClose.FIN)
             drained = await service.next()
             with flood(flooder) as flooding, service.connect() as other:
-                while not _sockets.unacknowledged(flooder.sock, fin_sent=False):
+                while not queued(flooder.sock.fileno(), termios.TIOCOUTQ):
                     await anyio.lowlevel.checkpoint()  # not yet flooding
                 await other.send(b"e")
                 for _ in range(100):

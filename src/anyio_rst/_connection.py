@@ -16,13 +16,14 @@ from anyio.lowlevel import checkpoint
 from outcome import Error, Value
 
 from ._ending import KIND_OF, Cause, CloseKind, Ending, cause_of_exit, verdict
-from ._foreign import foreign
 from ._lifecycle import Lifecycle
 from ._stream import RECEIVE_SIZE
 from ._task_group import ConnectionTaskGroup
+from ._tls import SecureStream, adopt, check_tls, handshake
 
 if TYPE_CHECKING:
     import socket
+    import ssl
     from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
 
@@ -200,6 +201,60 @@ class Connection(SocketStream):
         self._life.detach()
         return self._stream.release()
 
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext | None = None,
+        *,
+        server_side: bool | None = None,
+        hostname: str | None = None,
+    ) -> None:
+        """Upgrade to TLS in place (STARTTLS), by AnyIO's `TLSStream`.
+
+        From then on a FIN is preceded by a close_notify, and an RST is not. A peer's FIN
+        that no close_notify precedes is :exc:`anyio.BrokenResourceError`. `send_eof()`
+        raises :exc:`NotImplementedError`. A handshake that fails or is cancelled resets
+        the connection.
+
+        Args:
+          ssl_context: with a certificate on the server's side, where it is needed; on
+            the client's, None for the default context of :mod:`ssl`.
+          server_side: which side this is; None to tell it from the context, or from
+            whether there is a *hostname*.
+          hostname: of the peer, on the client's side, to be checked.
+
+        Raises:
+          ssl.SSLError: the handshake failed.
+          PeerReset: the peer reset the connection in the middle of it.
+          anyio.BrokenResourceError: it was lost in another way; or plaintext that came
+            before the handshake is in a buffer, and would surface after it
+            (CVE-2011-0411). The connection is reset then as well.
+          anyio.BusyResourceError: a task is waiting in the connection.
+          anyio.ClosedResourceError: the connection has ended.
+          TypeError, ValueError: the arguments do not fit each other, or this side.
+          RuntimeError: TLS has been started, or this is a scope within a scope.
+        """
+        server_side = check_tls(ssl_context, server_side, hostname)
+        if self._lender is not None:
+            raise RuntimeError("start_tls() is for the connection of the outermost scope")
+        if isinstance(self._stream, SecureStream):
+            raise RuntimeError("TLS has been started on this connection")
+        if not self._life.is_open:
+            await checkpoint()
+            raise ClosedResourceError
+        if self._stream.busy:
+            raise BusyResourceError("using")
+        try:
+            secure = await handshake(
+                self._stream,
+                ssl_context=ssl_context,
+                server_side=server_side,
+                hostname=hostname,
+            )
+        except BaseException as exc:
+            self._reset(cause_of_exit(exc, ()))
+            raise
+        self._stream = self._life.stream = secure
+
     def create_task_group(self) -> TaskGroup:
         """An AnyIO task group that is tied to the connection.
 
@@ -255,8 +310,10 @@ def open_connection(
         outer = stream
         under = outer._stream
     else:
-        under = foreign(stream)
+        under = adopt(stream)
         outer = under.extra(ConnectionAttribute.connection, None)
+        if outer is not None and isinstance(under, SecureStream):
+            raise TypeError("a Connection starts TLS itself, by Connection.start_tls()")
     if outer is None:
         return Connection(under, finish_on=finish_on, drain=drain)
     if not outer._life.is_open:

@@ -15,6 +15,7 @@ import anyio
 from anyio import BrokenResourceError, EndOfStream
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
 from anyio.lowlevel import checkpoint
+from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSAttribute
 
 from . import _sockets
@@ -53,6 +54,12 @@ class ForeignStream(EndableStream):
     @property
     def _raw_socket(self) -> socket.socket:
         return self._stream.extra(SocketAttribute.raw_socket)
+
+    @property
+    def buffered(self) -> int:
+        if isinstance(self._stream, BufferedByteReceiveStream):
+            return len(self._stream.buffer)
+        return 0
 
     async def _receive(self, max_bytes: int) -> bytes:
         try:

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 class Lifecycle:
     """Shared by all :class:`Connection` objects on one connection."""
 
-    __slots__ = ("_over", "_stream", "cause", "ending")
+    __slots__ = ("_over", "cause", "ending", "stream")
 
     def __init__(self, stream: EndableStream) -> None:
         self.cause: Cause | None = None
         """The verdict, once it has fallen."""
         self.ending: Ending | None = None
-        self._stream = stream
+        self.stream = stream
         self._over: Event | None = None
 
     @property
@@ -47,14 +47,14 @@ class Lifecycle:
 
     @property
     def torn(self) -> bool:
-        return self._stream.mid_send
+        return self.stream.mid_send
 
     def reset(self, cause: Cause, outcome: Value[object] | Error | None) -> None:
         """The verdict is RST. Synchronous."""
         if self.cause is None:
             self.cause = cause
-            fin_sent = self._stream.eof_sent
-            self._stream.reset()
+            fin_sent = self.stream.eof_sent
+            self.stream.reset()
             self._end(CloseKind.RST, outcome, fin_sent_before_reset=fin_sent)
         else:
             self.cut_short(outcome)
@@ -70,24 +70,24 @@ class Lifecycle:
                 self.cut_short(outcome)
             return
         self.cause = cause
-        await self._stream.send_fin()
+        await self.stream.send_fin()
         try:
             if drain is not None:
                 with suppress(ClosedResourceError):  # another task cut it short
-                    await self._stream.drain(drain)
+                    await self.stream.drain(drain)
         finally:
             self.cut_short(outcome)
 
     def cut_short(self, outcome: Value[object] | Error | None) -> None:
         """Finishing or not: this is the end."""
         if self.ending is None:
-            self._stream.close()
-            if self._stream.eof_sent:
+            self.stream.close()
+            if self.stream.eof_sent:
                 self._end(CloseKind.FIN, outcome)
             else:
                 assert self.cause is not None
                 # Its last words, a close_notify, were cut short; or it was gone before.
-                self.cause = verdict(self.cause, torn=self._stream.mid_send)
+                self.cause = verdict(self.cause, torn=self.stream.mid_send)
                 self._end(CloseKind.RST, outcome)
 
     def detach(self) -> None:
@@ -113,10 +113,10 @@ class Lifecycle:
             kind=kind,
             cause=self.cause,
             outcome=outcome,
-            peer=self._stream.peer,
-            remote_address=self._stream.remote_address,
-            discarded=self._stream.discarded,
-            unacknowledged=self._stream.unacknowledged,
+            peer=self.stream.peer,
+            remote_address=self.stream.remote_address,
+            discarded=self.stream.discarded,
+            unacknowledged=self.stream.unacknowledged,
             fin_sent_before_reset=fin_sent_before_reset,
         )
         if self._over is not None:

@@ -81,8 +81,7 @@ class NativeStream(EndableStream):
         self.eof_sent = True
 
     async def aclose(self) -> None:
-        if not self._closed:
-            self.close()
+        self.close()
         await checkpoint()
 
     def arm(self) -> None:
@@ -99,6 +98,8 @@ class NativeStream(EndableStream):
         self._last = self._finish(self._sock, last)
 
     async def drain(self, limits: Drain) -> None:
+        if self._sock.fileno() == -1:
+            return
         while self._receiving:
             # On asyncio, AnyIO forgets a waiter by its descriptor. One that was woken
             # has to be gone before the drain waits for the same descriptor.
@@ -167,8 +168,9 @@ class NativeStream(EndableStream):
         return False
 
     def close(self) -> None:
-        self._measure()
-        self._close()
+        if self._sock.fileno() != -1:
+            self._measure()
+            self._close()
 
     def release(self) -> NativeStream:
         _sockets.disarm(self._sock)

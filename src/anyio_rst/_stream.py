@@ -47,6 +47,11 @@ class EndableStream(SocketStream):
         self._loss: BaseException | None = None
 
     @property
+    def buffered(self) -> int:
+        """How many bytes that were received wait in a buffer that can be seen."""
+        return 0
+
+    @property
     def busy(self) -> bool:
         """Whether a task is waiting in this stream."""
         return self._receiving or self._sending

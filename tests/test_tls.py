@@ -1,0 +1,561 @@
+"""TLS that cannot be truncated quietly, judged by Python's blocking `ssl` client."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+import trustme
+from anyio.streams.buffered import BufferedByteStream
+from anyio.streams.tls import TLSAttribute, TLSStream
+
+from anyio_rst import (
+    Cause,
+    CloseKind,
+    Connection,
+    Drain,
+    PeerClose,
+    PeerReset,
+    connect_tcp,
+    connection_scope,
+)
+
+from serving import LONG, Handler, Peer, Seen, Service, foreign_pair, serve, value_of
+
+pytestmark = pytest.mark.anyio
+
+# Who wraps the connection in TLS: "start_tls" on a native connection, or the user, with
+# AnyIO's TLSStream in a connection_scope, bare or with a buffer around it.
+WRAPPINGS = ["start_tls", "wrapped", "buffered"]
+
+BIG = 4 * 2**20
+
+
+class Failure(Exception):
+    pass
+
+
+AUTHORITY = trustme.CA()
+SERVER_CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+AUTHORITY.issue_cert("localhost").configure_cert(SERVER_CONTEXT)
+
+
+def client_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    AUTHORITY.configure_trust(context)
+    context.minimum_version = context.maximum_version = version
+    return context
+
+
+@pytest.fixture(params=[ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=str)
+def version(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=WRAPPINGS)
+def wrapping(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@asynccontextmanager
+async def serve_tls(
+    wrapping: str, handler: Handler, **options: Any
+) -> AsyncIterator[Service]:
+    """Serve *handler* over TLS; *options* are those of `connection_scope`."""
+    if wrapping == "start_tls":
+
+        async def started(conn: Connection) -> object:
+            await conn.start_tls(SERVER_CONTEXT)
+            return await handler(conn)
+
+        async with serve("native", started, **options) as service:
+            yield service
+        return
+
+    async def wrap(conn: Connection) -> object:
+        # AnyIO's own stream, as a listener would have handed it over.
+        stream = conn.detach()
+        tls: Any = await TLSStream.wrap(stream, ssl_context=SERVER_CONTEXT)
+        if wrapping == "buffered":
+            tls = BufferedByteStream(tls)
+        async with connection_scope(tls, **options) as inner:
+            inners.append(inner)
+            await handler(inner)
+        return None
+
+    inners: list[Connection] = []
+    async with serve("foreign", wrap) as service:
+        service.ending = lambda: ending_of_inner(service, inners)  # type: ignore[method-assign]
+        yield service
+
+
+async def ending_of_inner(service: Service, inners: list[Connection]) -> Any:
+    await (await service.next()).ending()
+    (inner,) = inners
+    return inner.ending
+
+
+class SecurePeer:
+    """A blocking TLS client that takes no truncation for an end."""
+
+    def __init__(self, port: int, version: ssl.TLSVersion, **options: Any) -> None:
+        self.peer = Peer(port, **options)
+        self.version = version
+        self.tls: ssl.SSLSocket
+
+    async def __aenter__(self) -> SecurePeer:
+        def wrap() -> ssl.SSLSocket:
+            return client_context(self.version).wrap_socket(
+                self.peer.sock, server_hostname="localhost", suppress_ragged_eofs=False
+            )
+
+        self.tls = await anyio.to_thread.run_sync(wrap)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.tls.close()
+        self.peer.sock.close()
+
+    async def send(self, data: bytes) -> None:
+        await anyio.to_thread.run_sync(self.tls.sendall, data)
+
+    def without_tls(self) -> Peer:
+        """The connection below TLS, which knows nothing of all this."""
+        self.peer.sock = socket.socket(fileno=self.tls.detach())
+        self.peer.sock.settimeout(LONG)
+        return self.peer
+
+    async def read_to_end(self) -> tuple[bytes, list[str]]:
+        """The data, and what ended it: close_notify, FIN, RST, in this order."""
+
+        def read() -> tuple[bytes, list[str]]:
+            data = bytearray()
+            try:
+                while chunk := self.tls.recv(65536):
+                    data += chunk
+            except ConnectionResetError:
+                return bytes(data), ["RST"]
+            except ssl.SSLEOFError as exc:
+                # Before Python 3.13 a reset is one, too, but without this reason.
+                truncated = exc.reason == "UNEXPECTED_EOF_WHILE_READING"
+                return bytes(data), ["FIN" if truncated else "RST"]
+            # Below TLS, the end of the connection itself.
+            with socket.socket(fileno=self.tls.detach()) as sock:
+                sock.settimeout(LONG)
+                try:
+                    while sock.recv(65536):
+                        pass
+                except ConnectionResetError:
+                    return bytes(data), ["close_notify", "RST"]
+            return bytes(data), ["close_notify", "FIN"]
+
+        return await anyio.to_thread.run_sync(read)
+
+
+CLEAN = ["close_notify", "FIN"]
+
+
+async def test_clean_end_is_close_notify_then_fin(
+    wrapping: str, version: ssl.TLSVersion
+) -> None:
+    async def handler(conn: Connection) -> None:
+        assert conn.extra(TLSAttribute.tls_version) == version.name.replace("_", ".")
+        await conn.send(await conn.receive())
+
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version) as peer:
+            await peer.send(b"all of it")
+            assert await peer.read_to_end() == (b"all of it", CLEAN)
+        ending = await service.ending()
+    value_of(ending)
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
+    assert ending.peer is PeerClose.FIN
+
+
+@pytest.mark.parametrize("how", ["raise", "group", "cancel", "abort"])
+async def test_any_other_end_is_an_rst_without_close_notify(
+    wrapping: str, version: ssl.TLSVersion, how: str
+) -> None:
+    async def fail() -> None:
+        raise Failure
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"half")
+        if how == "raise":
+            raise Failure
+        if how == "abort":
+            conn.abort()
+        elif how == "group":
+            async with conn.create_task_group() as tg:
+                tg.start_soon(fail)
+        else:
+            with anyio.CancelScope() as scope:
+                async with conn:
+                    scope.cancel()
+                    await anyio.sleep_forever()
+
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version) as peer:
+            assert await peer.read_to_end() == (b"half", ["RST"])
+        if how in ("abort", "cancel"):
+            ending = await service.ending()
+            assert ending.kind is CloseKind.RST
+
+
+async def test_whole_answer_reaches_a_client_that_is_still_uploading(
+    wrapping: str, version: ssl.TLSVersion
+) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.receive(1)
+        await conn.send(bytes(BIG))
+
+    async with serve_tls(wrapping, handler, drain=Drain(LONG)) as service:
+        async with SecurePeer(service.port, version) as peer:
+            # One thread may not read and write one SSLSocket at once with another, so
+            # the upload is on its way, and stuck, before the answer is read.
+            peer.tls.setblocking(False)
+            with suppress(ssl.SSLWantWriteError):
+                while True:
+                    peer.tls.send(bytes(2**16))
+            peer.tls.settimeout(LONG)
+            data, end = await peer.read_to_end()
+        ending = await service.ending()
+    assert (len(data), end) == (BIG, CLEAN)
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
+    assert ending.discarded > 0
+
+
+async def test_cancellation_that_the_body_never_noticed_still_says_close_notify(
+    wrapping: str, version: ssl.TLSVersion
+) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"all of it")
+        with anyio.CancelScope() as scope:
+            async with conn:
+                scope.cancel()
+
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version) as peer:
+            data, end = await peer.read_to_end()
+    assert data == b"all of it"
+    assert end[0] == "close_notify"
+
+
+async def test_send_cut_short_resets(wrapping: str, version: ssl.TLSVersion) -> None:
+    async def handler(conn: Connection) -> None:
+        with anyio.move_on_after(0.05):
+            await conn.send(bytes(8 * 2**20))
+        with pytest.raises(anyio.BrokenResourceError):
+            await conn.send(b"more")
+
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version, buffer=4096) as peer:
+            ending = await service.ending()
+            _, end = await peer.read_to_end()
+    assert end == ["RST"]
+    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.TORN_SEND)
+
+
+# The peer's end.
+
+
+@pytest.mark.parametrize("says", ["nothing", "fin", "rst", "data", "close_notify"])
+async def test_answer_to_close_notify_is_bounded_and_no_exception(
+    wrapping: str, version: ssl.TLSVersion, says: str
+) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"x")
+
+    drain = Drain(timeout=0.05 if says == "nothing" else LONG)
+    async with serve_tls(wrapping, handler, drain=drain) as service:
+        async with SecurePeer(service.port, version) as peer:
+            assert await anyio.to_thread.run_sync(peer.tls.recv, 10) == b"x"
+            if says == "close_notify":
+                await anyio.to_thread.run_sync(peer.tls.unwrap)
+                peer.tls.shutdown(socket.SHUT_WR)
+            elif says != "nothing":
+                raw = peer.without_tls()
+                if says == "data":
+                    await raw.send(b"not even TLS")
+                if says == "rst":
+                    raw.reset()
+                else:
+                    raw.send_eof()
+            ending = await service.ending()
+    value_of(ending)
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
+    expected = {"nothing": PeerClose.NONE, "rst": PeerClose.RST}
+    assert ending.peer is expected.get(says, PeerClose.FIN)
+
+
+async def receive_end(conn: Connection, ends: list[BaseException]) -> None:
+    try:
+        while True:
+            await conn.receive()
+    except BaseException as exc:
+        ends.append(exc)
+        raise
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        ("close_notify", anyio.EndOfStream),
+        ("fin", anyio.BrokenResourceError),
+        ("rst", PeerReset),
+    ],
+)
+async def test_only_a_close_notify_is_a_clean_end_of_the_peer(
+    wrapping: str, version: ssl.TLSVersion, says: str, expected: type[BaseException]
+) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"x")
+        await receive_end(conn, ends)
+
+    ends: list[BaseException] = []
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version) as peer:
+            assert await anyio.to_thread.run_sync(peer.tls.recv, 10) == b"x"
+            if says == "close_notify":
+                with suppress(OSError):  # it is answered by the failure of the handler
+                    await anyio.to_thread.run_sync(peer.tls.unwrap)
+            else:
+                raw = peer.without_tls()
+                if says == "rst":
+                    raw.reset()
+                else:
+                    raw.send_eof()
+                await (await service.next()).over.wait()
+        if says == "close_notify":
+            await (await service.next()).over.wait()
+    assert [type(end) for end in ends] == [expected]
+
+
+# STARTTLS.
+
+
+async def test_start_tls_in_the_middle_of_a_connection(version: ssl.TLSVersion) -> None:
+    async def handler(conn: Connection) -> None:
+        assert await conn.receive() == b"STARTTLS\n"
+        await conn.send(b"go\n")
+        await conn.start_tls(SERVER_CONTEXT)
+        await conn.send(await conn.receive())
+        with pytest.raises(RuntimeError, match="has been started"):
+            await conn.start_tls(SERVER_CONTEXT)
+        with pytest.raises(NotImplementedError):
+            await conn.send_eof()
+
+    async with serve("native", handler) as service:
+        peer = SecurePeer(service.port, version)
+        await peer.peer.send(b"STARTTLS\n")
+        assert await peer.peer.receive(3) == b"go\n"
+        async with peer:
+            await peer.send(b"secret")
+            assert await peer.read_to_end() == (b"secret", CLEAN)
+        value_of(await service.ending())
+
+
+async def test_start_tls_on_both_sides(kind: str) -> None:
+    async def handler(conn: Connection) -> None:
+        assert await conn.receive() == b"STARTTLS\n"
+        await conn.send(b"go\n")
+        await conn.start_tls(SERVER_CONTEXT)
+        await conn.send(await conn.receive())
+
+    async with serve(kind, handler) as service:
+        async with connect_tcp("127.0.0.1", service.port) as conn:
+            await conn.send(b"STARTTLS\n")
+            assert await conn.receive() == b"go\n"
+            await conn.start_tls(client_context(), hostname="localhost")
+            await conn.send(b"secret")
+            assert await conn.receive() == b"secret"
+            with pytest.raises(anyio.EndOfStream):
+                await conn.receive()
+        value_of(await service.ending())
+    assert conn.ending is not None
+    assert conn.ending.kind is CloseKind.FIN
+
+
+def client_hello() -> bytes:
+    out = ssl.MemoryBIO()
+    session = client_context().wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost")
+    with suppress(ssl.SSLWantReadError):
+        session.do_handshake()
+    return out.read()
+
+
+@pytest.mark.parametrize("reads", ["all", "one line"])
+async def test_plaintext_before_the_handshake_never_surfaces_after_it(
+    kind: str, reads: str
+) -> None:
+    """CVE-2011-0411: STARTTLS, a command and the ClientHello in one segment."""
+
+    async def handler(conn: Connection) -> None:
+        data = await conn.receive(100 if reads == "all" else len(b"STARTTLS\n"))
+        assert data.startswith(b"STARTTLS\n")
+        with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)) as caught:
+            await conn.start_tls(SERVER_CONTEXT)
+        errors.append(caught.value)
+        assert conn.ending is not None
+        assert conn.ending.kind is CloseKind.RST
+
+    errors: list[BaseException] = []
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            await peer.send(b"STARTTLS\nDELETE everything\n" + client_hello())
+            assert (await peer.read_to_end()).close is PeerClose.RST
+        value_of(await service.ending())
+    assert len(errors) == 1
+
+
+async def test_start_tls_refuses_a_buffer_that_holds_plaintext() -> None:
+    stream, peer = await foreign_pair()
+    with peer:
+        await peer.send(b"STARTTLS\nDELETE everything\n")
+        buffered = BufferedByteStream(stream)
+        assert await buffered.receive_until(b"\n", 100) == b"STARTTLS"
+        async with connection_scope(buffered) as conn:
+            message = "18 bytes of plaintext came before the TLS handshake"
+            with pytest.raises(anyio.BrokenResourceError, match=message):
+                await conn.start_tls(SERVER_CONTEXT)
+        assert (await peer.read_to_end()).close is PeerClose.RST
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda peer: peer.sock.sendall(b"GET / HTTP/1.0\r\n\r\n"),
+        lambda peer: peer.send_eof(),
+        lambda peer: peer.sock.sendall(client_hello()[:20]) or peer.send_eof(),
+    ],
+    ids=["garbage", "FIN", "half a ClientHello"],
+)
+async def test_handshake_that_fails_resets(
+    kind: str, send: Callable[[Peer], None]
+) -> None:
+    async def handler(conn: Connection) -> None:
+        with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)):
+            await conn.start_tls(SERVER_CONTEXT)
+        assert conn.ending is not None
+        assert (conn.ending.kind, conn.ending.cause) == (CloseKind.RST, Cause.RAISED)
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            send(peer)
+            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+        value_of(await service.ending())
+
+
+async def test_handshake_that_is_cancelled_resets(kind: str) -> None:
+    async def handler(conn: Connection) -> None:
+        with anyio.move_on_after(0.01):
+            await conn.start_tls(SERVER_CONTEXT)
+        assert conn.ending is not None
+        assert (conn.ending.kind, conn.ending.cause) == (CloseKind.RST, Cause.CANCELLED)
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+        value_of(await service.ending())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("context",), {}, TypeError, "ssl_context must be an ssl.SSLContext"),
+        ((), {}, TypeError, "server's side of TLS needs an ssl_context"),
+        ((), {"server_side": False}, ValueError, "needs the hostname"),
+        ((SERVER_CONTEXT,), {"server_side": False}, ValueError, "for the server's side"),
+        ((client_context(),), {"server_side": True}, ValueError, "the client's side"),
+        ((client_context(),), {}, ValueError, "needs the hostname"),
+    ],
+)
+async def test_bad_arguments_are_refused_and_nothing_is_changed(
+    arguments: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    async def handler(conn: Connection) -> None:
+        with pytest.raises(error, match=message):
+            await conn.start_tls(*arguments, **options)
+        await conn.send(b"fine")
+
+    async with serve("native", handler) as service:
+        with service.connect() as peer:
+            assert await peer.read_to_end() == Seen(b"fine", PeerClose.FIN)
+
+
+# The client's side.
+
+
+async def test_connect_tcp_speaks_tls() -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(await conn.receive())
+
+    async with serve_tls("start_tls", handler) as service:
+        async with connect_tcp(
+            "127.0.0.1",
+            service.port,
+            ssl_context=client_context(),
+            tls_hostname="localhost",
+        ) as conn:
+            await conn.send(b"secret")
+            assert await conn.receive() == b"secret"
+        assert conn.ending is not None
+        assert conn.ending.kind is CloseKind.FIN
+        assert (await service.ending()).peer is PeerClose.FIN
+
+
+async def test_connect_tcp_refuses_an_unknown_certificate_with_a_reset() -> None:
+    async def handler(conn: Connection) -> None:
+        with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)):
+            await conn.start_tls(SERVER_CONTEXT)
+            await conn.receive()
+
+    async with serve("native", handler) as service:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            async with connect_tcp("127.0.0.1", service.port, tls=True):
+                pytest.fail("the certificate is nobody's")
+        value_of(await service.ending())
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"ssl_context": 3}, TypeError), ({"ssl_context": SERVER_CONTEXT}, ValueError)],
+)
+async def test_connect_tcp_refuses_a_bad_context(
+    options: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="ssl_context"):
+        connect_tcp("127.0.0.1", 9, **options)
+
+
+async def test_openssl_sees_a_clean_end_and_a_reset() -> None:
+    async def handler(conn: Connection) -> None:
+        word = await conn.receive()
+        await conn.send(b"answer\n")
+        if word.startswith(b"fail"):
+            raise Failure
+
+    def s_client(word: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["openssl", "s_client", "-connect", f"127.0.0.1:{service.port}", "-quiet"],
+            input=word,
+            capture_output=True,
+            text=True,
+            timeout=LONG,
+            check=False,
+        )
+
+    async with serve_tls("start_tls", handler) as service:
+        clean = await anyio.to_thread.run_sync(s_client, "fine\n")
+        failed = await anyio.to_thread.run_sync(s_client, "fail\n")
+    assert clean.stdout == failed.stdout == "answer\n"
+    assert clean.returncode == 0
+    assert "errno=104" in failed.stderr
+    assert failed.returncode != 0
