@@ -19,7 +19,12 @@ BACKENDS: list[Any] = [
 ASYNCIO = BACKENDS[:2]
 
 # Ways for a handler to come by its connection: see serving.serve().
-KINDS = ["native", "foreign", "buffered"]
+KINDS = ["native", "foreign", "buffered", "trio"]
+
+# Ways for a connection to come by TLS: see test_tls.serve_tls().
+WRAPPINGS = ["start_tls", "wrapped", "buffered", "trio"]
+
+BACKEND = ["anyio_backend"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,16 +35,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for mark in metafunc.definition.iter_markers("parametrize")
     ):
         return  # the test chooses
-    if "kind" not in metafunc.fixturenames:
-        metafunc.parametrize("anyio_backend", BACKENDS, indirect=True)
-        return
-    pairs = [
-        pytest.param(backend.values[0], kind, id=f"{backend.id}-{kind}")
-        for backend in BACKENDS
-        for kind in KINDS
-    ]
-    pairs.append(pytest.param(("trio", {}), "trio", id="trio-trio"))
-    metafunc.parametrize(("anyio_backend", "kind"), pairs, indirect=["anyio_backend"])
+    for name, kinds in (("kind", KINDS), ("wrapping", WRAPPINGS)):
+        if name in metafunc.fixturenames:
+            pairs = [
+                pytest.param(backend.values[0], kind, id=f"{backend.id}-{kind}")
+                for backend in BACKENDS
+                for kind in kinds
+                if kind != "trio" or backend.id == "trio"
+            ]
+            metafunc.parametrize(("anyio_backend", name), pairs, indirect=BACKEND)
+            return
+    metafunc.parametrize("anyio_backend", BACKENDS, indirect=True)
 
 
 @pytest.fixture

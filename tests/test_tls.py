@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+import trio
 import trustme
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
@@ -30,10 +31,6 @@ from anyio_rst import (
 from serving import LONG, Handler, Peer, Seen, Service, foreign_pair, serve, value_of
 
 pytestmark = pytest.mark.anyio
-
-# Who wraps the connection in TLS: "start_tls" on a native connection, or the user, with
-# AnyIO's TLSStream in a connection_scope, bare or with a buffer around it.
-WRAPPINGS = ["start_tls", "wrapped", "buffered"]
 
 BIG = 4 * 2**20
 
@@ -59,16 +56,16 @@ def version(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(params=WRAPPINGS)
-def wrapping(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 @asynccontextmanager
 async def serve_tls(
     wrapping: str, handler: Handler, **options: Any
 ) -> AsyncIterator[Service]:
-    """Serve *handler* over TLS; *options* are those of `connection_scope`."""
+    """Serve *handler* over TLS; *options* are those of `connection_scope`.
+
+    *wrapping* says who wraps the connection: "start_tls" on a native one, or the user, in
+    a `connection_scope`: with AnyIO's `TLSStream`, bare ("wrapped") or with a buffer
+    around it ("buffered"), or with a `trio.SSLStream` ("trio").
+    """
     if wrapping == "start_tls":
 
         async def started(conn: Connection) -> object:
@@ -80,6 +77,9 @@ async def serve_tls(
         return
 
     async def wrap(conn: Connection) -> object:
+        if wrapping == "trio":
+            await handle_on_trio(conn.detach())
+            return None
         # AnyIO's own stream, as a listener would have handed it over.
         stream = conn.detach()
         tls: Any = await TLSStream.wrap(stream, ssl_context=SERVER_CONTEXT)
@@ -90,8 +90,15 @@ async def serve_tls(
             await handler(inner)
         return None
 
+    async def handle_on_trio(stream: trio.SocketStream) -> None:
+        tls = trio.SSLStream(stream, SERVER_CONTEXT, server_side=True)
+        await tls.do_handshake()  # else it is a part of what the handler does first
+        async with connection_scope(tls, **options) as inner:
+            inners.append(inner)
+            await handler(inner)
+
     inners: list[Connection] = []
-    async with serve("foreign", wrap) as service:
+    async with serve("trio" if wrapping == "trio" else "foreign", wrap) as service:
         service.ending = lambda: ending_of_inner(service, inners)  # type: ignore[method-assign]
         yield service
 
@@ -166,7 +173,8 @@ async def test_clean_end_is_close_notify_then_fin(
     wrapping: str, version: ssl.TLSVersion
 ) -> None:
     async def handler(conn: Connection) -> None:
-        assert conn.extra(TLSAttribute.tls_version) == version.name.replace("_", ".")
+        if wrapping != "trio":  # whose stream tells that in its own way
+            assert conn.extra(TLSAttribute.tls_version) == version.name.replace("_", ".")
         await conn.send(await conn.receive())
 
     async with serve_tls(wrapping, handler) as service:

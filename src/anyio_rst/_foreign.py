@@ -26,10 +26,13 @@ from ._stream import RECEIVE_SIZE, EndableStream
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator, Mapping
+    from typing import TypeAlias
 
     import trio
 
     from ._drain import Drain
+
+    TrioTLS: TypeAlias = trio.SSLStream[trio.SocketStream]
 
 
 # How often a stream may suspend in the clean-up of an `aclose()` that is dropped.
@@ -177,15 +180,18 @@ class ForeignStream(EndableStream):
 
 
 class TrioStream(SocketStream):
-    """Trio's stream with AnyIO's names and exceptions."""
+    """A stream of Trio over *below*, with AnyIO's names and exceptions."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(
+        self, stream: trio.abc.HalfCloseableStream | TrioTLS, below: trio.SocketStream
+    ) -> None:
         self._stream = stream
+        self._below = below
 
     @property
     def _raw_socket(self) -> socket.socket:
         # Trio's socket object: the same methods, those that may block asynchronous.
-        return cast("socket.socket", self._stream.socket)
+        return cast("socket.socket", self._below.socket)
 
     async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
         with _trio_exceptions_translated():
@@ -199,8 +205,13 @@ class TrioStream(SocketStream):
             await self._stream.send_all(item)
 
     async def send_eof(self) -> None:
+        send_eof = getattr(self._stream, "send_eof", None)
+        if send_eof is None:
+            raise NotImplementedError(
+                f"{type(self._stream).__qualname__} has no half-close"
+            )
         with _trio_exceptions_translated():
-            await self._stream.send_eof()
+            await send_eof()
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -230,7 +241,8 @@ def foreign(stream: object) -> ForeignStream:
     adapted = stream
     loaded_trio = sys.modules.get("trio")  # whoever has a stream of it has imported it
     if loaded_trio is not None and isinstance(stream, loaded_trio.SocketStream):
-        adapted = TrioStream(cast("trio.SocketStream", stream))
+        socket_stream = cast("trio.SocketStream", stream)
+        adapted = TrioStream(socket_stream, socket_stream)
     if not isinstance(adapted, ByteStream):
         raise TypeError(
             "connection_scope() takes a byte stream over TCP (anyio.abc.ByteStream or "

@@ -16,17 +16,22 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
+    from typing import TypeAlias
 
     import trio
     from anyio.abc import ByteStream
 
     from ._ending import FinishOn
 
+    TCPStream: TypeAlias = (
+        ByteStream | trio.SocketStream | trio.SSLStream[trio.SocketStream]
+    )
+
 __all__ = ["connection_scope", "scoped"]
 
 
 def connection_scope(
-    stream: ByteStream | trio.SocketStream,
+    stream: TCPStream,
     *,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
@@ -50,8 +55,9 @@ def connection_scope(
 
     Args:
       stream: an AnyIO byte stream with a TCP socket under it
-        (:attr:`anyio.abc.SocketAttribute.raw_socket`), a :class:`Connection`, or a
-        :class:`trio.SocketStream`. The scope owns it from entry. On a
+        (:attr:`anyio.abc.SocketAttribute.raw_socket`), an AnyIO `TLSStream` over one, a
+        :class:`Connection`, a :class:`trio.SocketStream`, or a :class:`trio.SSLStream`
+        over one. The scope owns it from entry. On a
         :class:`Connection`, or a wrapper around one, the ending of the inner scope
         stands, and the outer one adds nothing.
       finish_on: exception types that count as a clean end; all the leaves of an
@@ -99,7 +105,7 @@ def scoped(
     *,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
-) -> Callable[[ByteStream | trio.SocketStream], Coroutine[Any, Any, None]]:
+) -> Callable[[TCPStream], Coroutine[Any, Any, None]]:
     """Turn *handler* into what any AnyIO listener's `serve()` accepts.
 
     ::
@@ -125,7 +131,7 @@ def scoped(
     check_drain(drain)
 
     @functools.wraps(handler)
-    async def serve_one(stream: ByteStream | trio.SocketStream) -> None:
+    async def serve_one(stream: TCPStream) -> None:
         connection = open_connection(stream, finish_on=finish_on, drain=drain)
         arm(connection)
         await run(connection, handler)

@@ -136,9 +136,10 @@ class EndableStream(SocketStream):
     async def send_fin(self, last: bytes = b"") -> None:
         """Close to the users, and send *last* and the FIN behind what they sent.
 
-        Not a checkpoint. What the socket does not take at once is left to
-        :meth:`drain`. When the FIN is out, :attr:`eof_sent` is true, and the socket
-        disarmed; it never is if the connection was gone.
+        It waits for nothing, and is not cut short by a cancellation. What the socket
+        does not take at once is left to :meth:`drain`. When the FIN is out,
+        :attr:`eof_sent` is true, and the socket disarmed; it never is if the connection
+        was gone.
         """
 
     @abstractmethod

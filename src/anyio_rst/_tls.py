@@ -6,21 +6,26 @@ AnyIO's `TLSStream` does the TLS.
 from __future__ import annotations
 
 import ssl
+import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from anyio import BrokenResourceError, EndOfStream
+from anyio import BrokenResourceError, CancelScope, EndOfStream
 from anyio.abc import ByteStream
+from anyio.lowlevel import checkpoint
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-from ._foreign import ForeignStream, foreign
+from ._foreign import ForeignStream, TrioStream, foreign
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+    import trio
+
     from ._drain import Drain
+    from ._foreign import TrioTLS
     from ._stream import EndableStream
 
 
@@ -62,7 +67,7 @@ class SecureStream(ForeignStream):
     async def _close_notify(self) -> bytes:
         """What ends our side of the session (RFC 8446, 6.1); nothing if it is broken.
 
-        Nothing here suspends.
+        What another task is about to receive is lost. Nothing here waits for the peer.
         """
         # OpenSSL refuses to end a session in which data waits to be read.
         with suppress(ssl.SSLError):
@@ -97,6 +102,38 @@ class SecureStream(ForeignStream):
         self.unacknowledged = self._under.unacknowledged
 
 
+class SecureTrioStream(SecureStream):
+    """The same over *trio_tls*, a `trio.SSLStream`."""
+
+    def __init__(
+        self, stream: TrioStream, trio_tls: TrioTLS, under: EndableStream
+    ) -> None:
+        ForeignStream.__init__(self, stream, trio_tls)
+        self._trio_tls = trio_tls
+        self._under = under
+        self._reading: CancelScope | None = None
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        with CancelScope() as self._reading:
+            return await super()._receive(max_bytes)
+        return b""  # interrupted by _close_notify()
+
+    async def _close_notify(self) -> bytes:
+        paper = _Paper()
+        self._trio_tls.transport_stream = cast("trio.SocketStream", paper)
+        with CancelScope(shield=True):
+            if self._reading is not None:
+                self._reading.cancel()
+            while self._receiving:
+                await checkpoint()
+            with suppress(Exception):
+                while await self._trio_tls.receive_some(65536):
+                    pass
+            with suppress(Exception):
+                await self._trio_tls.unwrap()
+        return paper.written
+
+
 def adopt(stream: object) -> ForeignStream:
     """*stream*, checked, with what it takes to end it.
 
@@ -108,6 +145,12 @@ def adopt(stream: object) -> ForeignStream:
         tls = tls.receive_stream
     if isinstance(tls, TLSStream) and isinstance(stream, ByteStream):
         return SecureStream(stream, stream, tls, foreign(tls.transport_stream))
+    loaded_trio = sys.modules.get("trio")  # whoever has a stream of it has imported it
+    if loaded_trio is not None and isinstance(stream, loaded_trio.SSLStream):
+        trio_tls = cast("TrioTLS", stream)
+        below = trio_tls.transport_stream
+        under = foreign(below)
+        return SecureTrioStream(TrioStream(trio_tls, below), trio_tls, under)
     return foreign(stream)
 
 
@@ -179,8 +222,12 @@ class _Paper(ByteStream):
     async def receive(self, max_bytes: int = 65536) -> bytes:
         raise EndOfStream
 
+    receive_some = receive  # as Trio calls it; there it leaves the session as it is
+
     async def send(self, item: bytes) -> None:
         self.written += item
+
+    send_all = send
 
     async def send_eof(self) -> None: ...
 
