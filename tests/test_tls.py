@@ -256,6 +256,49 @@ async def test_cancellation_that_the_body_never_noticed_still_says_close_notify(
     assert end[0] == "close_notify"
 
 
+async def test_clean_end_wakes_a_task_that_receives(
+    wrapping: str, version: ssl.TLSVersion
+) -> None:
+    woken: list[bool] = []
+
+    async def receive(conn: Connection) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await conn.receive()
+        woken.append(True)
+
+    async def handler(conn: Connection) -> None:
+        async with anyio.create_task_group() as tg:
+            async with conn:
+                await conn.send(b"all of it")
+                tg.start_soon(receive, conn)
+                await anyio.wait_all_tasks_blocked()
+
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version) as peer:
+            assert await peer.read_to_end() == (b"all of it", CLEAN)
+        value_of(await service.ending())
+    assert woken
+
+
+async def test_session_that_is_broken_cannot_end_cleanly(
+    wrapping: str, version: ssl.TLSVersion
+) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"x")
+        with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)):
+            await conn.receive()
+
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version) as peer:
+            assert await anyio.to_thread.run_sync(peer.tls.recv, 10) == b"x"
+            raw = peer.without_tls()
+            await raw.send(b"this is not what TLS looks like")
+            assert (await raw.read_to_end()).close is PeerClose.RST
+        ending = await service.ending()
+    value_of(ending)
+    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.TORN_SEND)
+
+
 async def test_send_cut_short_resets(wrapping: str, version: ssl.TLSVersion) -> None:
     async def handler(conn: Connection) -> None:
         with anyio.move_on_after(0.05):

@@ -165,9 +165,9 @@ class EndableStream(SocketStream):
         """
         try:
             while last:
-                self.mid_send = True
                 last = last[sock.send(last) :]
         except BlockingIOError:
+            self.mid_send = True
             return last
         except OSError as exc:
             self._lost(exc)

@@ -60,9 +60,9 @@ class SecureStream(ForeignStream):
             await self._under.send_fin(close_notify + last)
             self._copy()
         else:  # not everybody takes a FIN alone for the truncation that it is
+            self._under.mid_send = True
             self._under.reset()
             self._copy()
-            self.mid_send = True
 
     async def _close_notify(self) -> bytes:
         """What ends our side of the session (RFC 8446, 6.1); nothing if it is broken.
