@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
     from ._drain import Drain
 
-# Reads of the drain before it lets other tasks run: 8 MiB, which is more than a receive
-# buffer grows to by itself on Linux (tcp_rmem, tcp(7)).
-READS_PER_TURN = 128
+# Bytes that the drain discards before it lets other tasks run.
+DISCARDED_PER_TURN = 2**20
 
 
 class NativeStream(EndableStream):
@@ -121,7 +120,8 @@ class NativeStream(EndableStream):
         finally:
             self._receiving = False
             if not done and self._sock.fileno() != -1:
-                self._discard(limits)  # cut short: leave as little unread as can be
+                # Cut short, it leaves nothing unread that has arrived by now.
+                self._discard(limits, _sockets.unread(self._sock))
 
     async def _send_last(self, limits: Drain) -> None:
         """Complete :meth:`send_fin`, and read all the while.
@@ -145,9 +145,9 @@ class NativeStream(EndableStream):
         finally:
             self._receiving = False
 
-    def _discard(self, limits: Drain) -> bool:
+    def _discard(self, limits: Drain, most: int = DISCARDED_PER_TURN) -> bool:
         """Discard what has arrived; True when there is nothing more to wait for."""
-        for _ in range(READS_PER_TURN):
+        while most > 0:
             size = RECEIVE_SIZE
             if limits.max_bytes is not None:
                 size = min(size, limits.max_bytes - self.discarded)
@@ -165,6 +165,7 @@ class NativeStream(EndableStream):
                     self.peer = PeerClose.FIN
                 return True
             self.discarded += len(data)
+            most -= len(data)
         return False
 
     def close(self) -> None:

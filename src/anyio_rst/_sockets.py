@@ -54,6 +54,9 @@ LOST_CLIENT_ERRNOS = frozenset(
 # Measured on Linux; elsewhere each accepted socket is armed by itself.
 ACCEPTED_SOCKETS_INHERIT = sys.platform == "linux"
 
+# Whether processes may share a port, each with a socket of its own. Not on Windows.
+CAN_REUSE_PORT = hasattr(socket, "SO_REUSEPORT")
+
 # struct linger: two ints (socket(7)), on Windows two unsigned shorts (winsock2.h).
 _LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 _LINGER_RESET = _LINGER.pack(1, 0)
@@ -191,7 +194,12 @@ if sys.platform == "linux":
         _connect(sock.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
 
     from fcntl import ioctl
-    from termios import TIOCOUTQ
+    from termios import FIONREAD, TIOCOUTQ
+
+    def unread(sock: socket.socket) -> int:
+        """Bytes that have arrived and wait to be read: SIOCINQ of tcp(7)."""
+        waiting: int = struct.unpack("i", ioctl(sock.fileno(), FIONREAD, b"\0" * 4))[0]
+        return waiting
 
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged; None if it can't tell.
@@ -210,6 +218,10 @@ else:
 
     def _dissolve(sock: socket.socket) -> None:
         """Only Linux documents it; the linger option resets on close."""
+
+    def unread(sock: socket.socket) -> int:
+        """Not known here: as much as a receive buffer may hold."""
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged: not known here."""
@@ -269,3 +281,35 @@ def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:
         ) from None
     if listening:
         raise TypeError(f"{name} is not a TCP connection: its socket is listening")
+
+
+def refuse_unless_listening(sock: socket.socket, name: str) -> None:
+    """Check that *sock*, called *name* in messages, is a listening TCP socket.
+
+    Raises:
+      TypeError: it is a socket of another kind; the message says which.
+      ValueError: it is closed, or not listening.
+    """
+    if sock.fileno() == -1:
+        raise ValueError(f"{name} is closed")
+    try:
+        # Ask the kernel: what *sock* believes came with whoever made it of a descriptor.
+        actual = socket.socket(fileno=sock.fileno())
+    except OSError as exc:
+        raise ValueError(f"{name} is no open socket: {exc}") from exc
+    try:
+        if (
+            actual.family not in (socket.AF_INET, socket.AF_INET6)
+            or actual.type != socket.SOCK_STREAM
+            or actual.proto not in (0, socket.IPPROTO_TCP)
+        ):
+            family = getattr(actual.family, "name", actual.family)
+            kind = getattr(actual.type, "name", actual.type)
+            raise TypeError(
+                f"{name} is not a TCP socket: it is {family}, {kind}, "
+                f"protocol {actual.proto}"
+            )
+        if not actual.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ValueError(f"{name} is not listening")
+    finally:
+        actual.detach()
