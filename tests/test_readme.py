@@ -19,10 +19,11 @@ from anyio_rst._ending import KIND_OF
 
 from serving import LONG
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
-GREETING, SCOPE, SERVER, CLIENT = BLOCKS
+GREETING, SCOPE, SERVER, GRACEFUL, CLIENT = BLOCKS
 
 
 def free_port() -> int:
@@ -93,6 +94,15 @@ def test_the_server_does_what_it_says() -> None:
             sock.recv(100)
 
 
+def test_the_examples_shown_are_those_that_are_tested() -> None:
+    """By test_serve_processes.py."""
+    graceful = (ROOT / "examples" / "graceful.py").read_text()
+    activated = (ROOT / "examples" / "activated.py").read_text()
+    assert graceful == GRACEFUL
+    text = (ROOT / "docs" / "server.md").read_text()
+    assert re.findall(r"```python\n(.*?)```", text, re.DOTALL) == [graceful, activated]
+
+
 @pytest.mark.parametrize(
     ("linger", "verdict"), [(None, "complete: b'Hello'"), (0, "truncated")]
 )
@@ -138,7 +148,7 @@ def test_the_table_is_that_of_the_demo() -> None:
 
 
 def test_the_table_of_causes_is_that_of_the_code() -> None:
-    text = (README.parent / "docs" / "endings.md").read_text()
+    text = (ROOT / "docs" / "endings.md").read_text()
     rows = re.findall(r"^\| `([A-Z_]+)` \| .* \| (FIN|RST|nothing)", text, re.MULTILINE)
     told = {cause: kind.replace("nothing", "DETACHED") for cause, kind in rows}
     assert told == {cause.name: kind.name for cause, kind in KIND_OF.items()}

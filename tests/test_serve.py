@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
+import pickle
 import resource
 import socket
+import ssl
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import trio
 from anyio import wait_all_tasks_blocked
@@ -29,6 +35,7 @@ from anyio_rst import (
     PeerClose,
     PeerReset,
     Server,
+    ServerStatistics,
     connect_tcp,
     serve_tcp,
 )
@@ -125,6 +132,15 @@ async def test_port_is_free_again_afterwards() -> None:
         ({"port": True}, TypeError, "port must be an int, not True"),
         ({"backlog": 0}, ValueError, "backlog must be >= 1, not 0"),
         ({"backlog": 1.5}, TypeError, "backlog must be an int, not 1.5"),
+        ({"max_connections": 0}, ValueError, "max_connections must be >= 1, not 0"),
+        ({"max_connections": -1}, ValueError, "max_connections must be >= 1, not -1"),
+        (
+            {"max_connections": True},
+            TypeError,
+            "max_connections must be an int, not True",
+        ),
+        ({"max_connections": 1.5}, TypeError, "max_connections must be an int, not 1.5"),
+        ({"reuse_port": 1}, TypeError, "reuse_port must be True or False, not 1"),
         ({"task_group": 3}, TypeError, r"task_group has no start_soon\(\): 3"),
         ({"on_ending": 3}, TypeError, "on_ending takes a function that is not async: 3"),
         ({"on_ending": fail}, TypeError, "on_ending takes a function that is not async"),
@@ -445,6 +461,443 @@ def test_trio_nurseries_will_do() -> None:
             server.stop()
 
     trio.run(main)
+
+
+# How many at once.
+
+
+def numbered(count: int, port: int) -> list[Peer]:
+    """Peers in the order in which they connected; each has sent its number."""
+    peers = [Peer(port) for _ in range(count)]
+    for number, peer in enumerate(peers):
+        peer.sock.sendall(bytes([number]))
+    return peers
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_at_the_limit_the_others_wait_in_order(limit: int) -> None:
+    started: list[int] = []
+
+    async def handler(conn: Connection) -> None:
+        started.extend(await conn.receive(1))
+        assert len(server.connections) <= limit
+        await echo(conn)
+
+    async with serving(handler, max_connections=limit) as server:
+        peers = numbered(8, server.port)
+        for number, peer in enumerate(peers):
+            expected = range(min(number + limit, len(peers)))
+            await wait_until(partial(lambda n: len(started) == n, len(expected)))
+            await wait_all_tasks_blocked()
+            assert sorted(started) == list(expected)
+            assert len(server.connections) == len(expected) - number
+            with peer:
+                peer.send_eof()
+                assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+
+
+async def test_the_limit_counts_connections_that_drain() -> None:
+    started: list[int] = []
+
+    async def handler(conn: Connection) -> None:
+        started.extend(await conn.receive(1))
+
+    drain = Drain(timeout=LONG)
+    async with serving(handler, max_connections=1, drain=drain) as server:
+        first, second = numbered(2, server.port)
+        with second:
+            with first:
+                assert await first.read_to_end() == Seen(b"", PeerClose.FIN)
+                await wait_all_tasks_blocked()
+                assert started == [0]
+            assert await second.read_to_end() == Seen(b"", PeerClose.FIN)
+            assert started == [0, 1]
+
+
+async def test_stop_at_the_limit_resets_those_who_wait() -> None:
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(
+            partial(serve_tcp, echo, host="127.0.0.1", max_connections=1)
+        )
+        first, *waiting = numbered(4, server.port)
+        with first:
+            assert await first.receive(1) == b"\0"
+            server.stop()
+            for peer in waiting:
+                with peer:
+                    assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+            await first.send(b"after")
+            assert await first.receive(5) == b"after"
+            first.send_eof()
+            assert await first.read_to_end() == Seen(b"", PeerClose.FIN)
+
+
+async def test_at_the_limit_the_listening_sockets_take_turns() -> None:
+    started: list[int] = []
+
+    async def handler(conn: Connection) -> None:
+        started.append(conn.extra(anyio.abc.SocketAttribute.local_port))
+        await echo(conn)
+
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    crowded, quiet = (sock.getsockname()[1] for sock in sockets)
+    async with serving(handler, host=None, sockets=sockets, max_connections=1) as server:
+        assert server.addresses == (("127.0.0.1", crowded), ("127.0.0.1", quiet))
+        crowd = [Peer(crowded)]
+        await wait_until(lambda: len(started) == 1)
+        crowd += [Peer(crowded) for _ in range(8)]
+        with Peer(quiet) as lonely:
+            await wait_all_tasks_blocked()
+            lonely.send_eof()
+            for number, peer in enumerate(crowd, 2):
+                with peer:
+                    peer.send_eof()
+                    assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+                if number == 4:
+                    break
+            assert await lonely.read_to_end() == Seen(b"", PeerClose.FIN)
+        for peer in crowd:
+            peer.sock.close()
+    assert quiet in started[:4]
+
+
+# Sockets that are there already.
+
+
+async def test_sockets_are_served_and_closed_at_the_end() -> None:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    port = sockets[0].getsockname()[1]
+    async with serving(echo, host=None, port=port, sockets=sockets[:1]) as server:
+        assert (server.port, await ask(port)) == (port, b"hello")
+    async with serving(fail, host=None, sockets=sockets[1:]) as server:
+        with Peer(server.port) as peer:
+            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+    assert [sock.fileno() for sock in sockets] == [-1, -1]
+
+
+def a_tcp_listener() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def a_udp_socket() -> socket.socket:
+    sock = socket.socket(type=socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def a_unix_listener() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(b"\0anyio_rst-test")
+    sock.listen()
+    return sock
+
+
+def a_unix_listener_passed_for_tcp() -> socket.socket:
+    descriptor = a_unix_listener().detach()
+    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)
+
+
+def a_socket_that_does_not_listen() -> socket.socket:
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def a_closed_listener() -> socket.socket:
+    sock = a_tcp_listener()
+    sock.close()
+    return sock
+
+
+def a_listener_closed_by_number() -> socket.socket:
+    sock = a_tcp_listener()
+    os.close(sock.fileno())
+    return sock
+
+
+def a_tls_listener() -> socket.socket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    return context.wrap_socket(a_tcp_listener(), server_side=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (a_udp_socket, TypeError, "is not a TCP socket: it is AF_INET, SOCK_DGRAM"),
+        (a_unix_listener, TypeError, "is not a TCP socket: it is AF_UNIX, SOCK_STREAM"),
+        (a_unix_listener_passed_for_tcp, TypeError, "is not a TCP socket: it is AF_UNIX"),
+        (a_socket_that_does_not_listen, ValueError, "is not listening"),
+        (a_closed_listener, ValueError, "is closed"),
+        (a_listener_closed_by_number, ValueError, "is no open socket: .*Bad file desc"),
+        (a_tls_listener, TypeError, "is an SSLSocket; serve_tcp takes plain ones"),
+        (lambda: 3, TypeError, r"must be a socket, not 3; .* socket.socket\(fileno=3\)"),
+        (lambda: "3", TypeError, "must be a socket.socket, not '3'"),
+    ],
+)
+async def test_what_does_not_listen_for_tcp_is_refused_and_nothing_is_changed(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with a_tcp_listener() as good:
+        bad = make()
+        with pytest.raises(error, match=rf"sockets\[1\] {message}"):
+            await serve_tcp(echo, sockets=[good, bad])
+        assert good.getblocking()
+        assert good.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == bytes(8)
+        if isinstance(bad, socket.socket):
+            with suppress(OSError):
+                bad.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sockets": []}, ValueError, "sockets is empty"),
+        ({"sockets": ()}, ValueError, "sockets is empty"),
+        ({"sockets": 3}, TypeError, "sockets must be a list or tuple of sockets, not 3"),
+        ({"host": "127.0.0.1"}, ValueError, "host, backlog and reuse_port do not go"),
+        ({"backlog": 10}, ValueError, "host, backlog and reuse_port do not go"),
+        ({"reuse_port": True}, ValueError, "host, backlog and reuse_port do not go"),
+        ({"port": 1}, ValueError, r"port is 1, but sockets\[0\] listens on "),
+    ],
+)
+async def test_options_that_do_not_go_with_sockets_are_refused(
+    options: Any, error: type[Exception], message: str
+) -> None:
+    with a_tcp_listener() as listener:
+        with pytest.raises(error, match=message):
+            await serve_tcp(echo, **{"sockets": [listener], **options})
+        assert listener.getblocking()
+
+
+async def test_sockets_that_are_one_are_refused() -> None:
+    with a_tcp_listener() as listener:
+        with pytest.raises(ValueError, match=r"sockets\[1\] is the same as sockets\[0\]"):
+            await serve_tcp(echo, sockets=[listener, listener])
+
+
+@pytest.mark.parametrize(("taken", "free"), [("::1", "127.0.0.1"), ("0.0.0.0", "::1")])
+async def test_address_in_use_leaves_nothing_bound(taken: str, free: str) -> None:
+    """IPv4 and IPv6 or neither."""
+    family = socket.AF_INET6 if ":" in taken else socket.AF_INET
+    with socket.create_server((taken, 0), family=family) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on port {port}: ") as caught:
+            await serve_tcp(echo, port)
+        assert caught.value.errno == errno.EADDRINUSE
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((free, port))
+
+
+# Statistics.
+
+
+async def test_statistics_tell_what_became_of_the_connections() -> None:
+    async def handler(conn: Connection) -> None:
+        word = await conn.receive()
+        if word == b"fail":
+            raise Failure
+        if word == b"abort":
+            conn.abort()
+        if word == b"detach":
+            await conn.detach().aclose()
+        if word == b"stay":
+            await conn.send(word)
+            await conn.receive()
+
+    async with serving(handler, finish_on=Failure) as server:
+        before = server.statistics()
+        for word in (b"return", b"return", b"fail", b"abort", b"detach"):
+            with Peer(server.port) as peer:
+                await peer.send(word)
+                await peer.read_to_end()
+            await wait_until(lambda: not server.connections)
+        with Peer(server.port) as peer:
+            await peer.send(b"stay")
+            assert await peer.receive(4) == b"stay"
+            statistics = server.statistics()
+    none = dict.fromkeys(CloseKind, 0), dict.fromkeys(Cause, 0)
+    assert before == ServerStatistics(0, 0, *none)
+    assert (statistics.open_connections, statistics.accepted_connections) == (1, 6)
+    assert statistics.endings_by_kind == {
+        CloseKind.FIN: 3,
+        CloseKind.RST: 1,
+        CloseKind.DETACHED: 1,
+    }
+    assert statistics.endings_by_cause == {
+        **none[1],
+        Cause.RETURNED: 2,
+        Cause.FINISH_ON: 1,
+        Cause.ABORTED: 1,
+        Cause.DETACHED: 1,
+    }
+    after = server.statistics()
+    assert (after.open_connections, after.accepted_connections) == (0, 6)
+    assert after.endings_by_cause[Cause.CANCELLED] == 1
+
+
+async def test_statistics_are_a_snapshot_to_keep_and_to_send() -> None:
+    async with serving(echo) as server:
+        statistics: Any = server.statistics()
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            statistics.open_connections = 1
+        with pytest.raises(TypeError):
+            statistics.endings_by_kind[CloseKind.FIN] = 1
+        assert pickle.loads(pickle.dumps(statistics)) == statistics
+        assert dataclasses.asdict(statistics)["open_connections"] == 0
+        assert await ask(server.port) == b"hello"
+        assert statistics.accepted_connections == 0
+
+
+# Handlers that misbehave.
+
+
+async def test_handler_that_spins_loses_nobody() -> None:
+    spinning, enough = threading.Event(), threading.Event()
+
+    async def handler(conn: Connection) -> None:
+        word = await conn.receive()
+        if word == b"spin":
+            spinning.set()
+            end = time.monotonic() + LONG
+            while not enough.is_set() and time.monotonic() < end:
+                pass
+        await conn.send(word)
+
+    def connect_meanwhile() -> list[Peer]:
+        spinner.sock.sendall(b"spin")
+        spinning.wait(LONG)
+        peers = [Peer(server.port) for _ in range(20)]
+        for peer in peers:
+            peer.sock.sendall(b"word")
+        enough.set()
+        return peers
+
+    async with serving(handler) as server:
+        with Peer(server.port) as spinner:
+            for peer in await anyio.to_thread.run_sync(connect_meanwhile):
+                with peer:
+                    assert await peer.read_to_end() == Seen(b"word", PeerClose.FIN)
+            assert await spinner.read_to_end() == Seen(b"spin", PeerClose.FIN)
+
+
+async def swallow(conn: Connection) -> None:
+    await conn.send(b"ready")
+    try:
+        await anyio.sleep_forever()
+    except anyio.get_cancelled_exc_class():
+        pass
+
+
+@asynccontextmanager
+async def cancellable(handler: Any) -> AsyncIterator[tuple[Server, Any, anyio.Event]]:
+    """A server, its cancel scope, and an event for the return of `serve_tcp`."""
+    scope, returned = anyio.CancelScope(), anyio.Event()
+
+    async def serve(*, task_status: Any) -> None:
+        with scope:
+            await serve_tcp(handler, host="127.0.0.1", task_status=task_status)
+        returned.set()
+
+    async with anyio.create_task_group() as tg:
+        yield await tg.start(serve), scope, returned
+        with anyio.fail_after(LONG):
+            await returned.wait()
+
+
+async def test_swallowing_a_cancellation_does_not_keep_the_connection_open() -> None:
+    peer_knows = anyio.Event()
+    raised: list[Exception] = []
+
+    async def handler(conn: Connection) -> None:
+        await swallow(conn)
+        with anyio.CancelScope(shield=True):
+            await peer_knows.wait()
+            try:
+                await conn.send(b"more")
+            except anyio.ClosedResourceError as exc:
+                raised.append(exc)
+
+    async with cancellable(handler) as (server, scope, returned):
+        with Peer(server.port) as peer:
+            assert await peer.receive(5) == b"ready"
+            scope.cancel()
+            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+        assert not returned.is_set()
+        peer_knows.set()
+    assert len(raised) == 1
+    assert server.statistics().endings_by_cause[Cause.CANCELLED] == 1
+
+
+async def test_swallowing_a_cancellation_and_returning_at_once_is_a_return() -> None:
+    async with cancellable(swallow) as (server, scope, _):
+        with Peer(server.port) as peer:
+            assert await peer.receive(5) == b"ready"
+            scope.cancel()
+            assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+    assert server.statistics().endings_by_cause[Cause.RETURNED] == 1
+
+
+async def test_swallowing_the_cancellation_of_a_callers_group_resets_nothing() -> None:
+    async def handler(conn: Connection) -> None:
+        await swallow(conn)
+        with anyio.CancelScope(shield=True):
+            await echo(conn)
+
+    async with anyio.create_task_group() as tg, anyio.create_task_group() as handlers:
+        server = await tg.start(
+            partial(serve_tcp, handler, host="127.0.0.1", task_group=handlers)
+        )
+        with Peer(server.port) as peer:
+            assert await peer.receive(5) == b"ready"
+            with anyio.CancelScope(shield=True):
+                handlers.cancel_scope.cancel()
+                await peer.send(b"still")
+                assert await peer.receive(5) == b"still"
+                peer.send_eof()
+                assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+            server.stop()
+
+
+async def test_task_left_behind_finds_the_connection_closed() -> None:
+    raised: list[Exception] = []
+
+    async def left_behind(conn: Connection) -> None:
+        for use in (conn.receive(), conn.send(b"more"), conn.receive()):
+            with pytest.raises(anyio.ClosedResourceError) as caught:
+                await use
+            raised.append(caught.value)
+
+    async def handler(conn: Connection) -> None:
+        others.start_soon(left_behind, conn)
+        await wait_all_tasks_blocked()
+
+    async with anyio.create_task_group() as others:
+        async with serving(handler) as server:
+            with Peer(server.port) as peer:
+                assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+            await wait_until(lambda: len(raised) == 3)
+
+
+async def test_task_left_behind_in_the_middle_of_a_send_costs_the_fin() -> None:
+    raised: list[Exception] = []
+
+    async def left_behind(conn: Connection) -> None:
+        with pytest.raises(anyio.ClosedResourceError) as caught:
+            await conn.send(bytes(50_000_000))
+        raised.append(caught.value)
+
+    async def handler(conn: Connection) -> None:
+        others.start_soon(left_behind, conn)
+        await conn.receive()
+
+    async with anyio.create_task_group() as others:
+        async with serving(handler) as server:
+            with Peer(server.port) as peer:
+                assert await peer.receive(1) == b"\0"
+                await peer.send(b"return")
+                assert (await peer.read_to_end()).close is PeerClose.RST
+            await wait_until(lambda: len(raised) == 1)
+    assert server.statistics().endings_by_cause[Cause.TORN_SEND] == 1
 
 
 # Out of descriptors.

@@ -8,7 +8,7 @@ from ._drain import Drain
 from ._ending import Cause, CloseKind, Ending
 from ._peer import PeerClose, PeerReset
 from ._scope import connection_scope, scoped
-from ._serve import Server, serve_tcp
+from ._serve import Server, ServerStatistics, serve_tcp
 
 __all__ = [
     "Cause",
@@ -19,6 +19,7 @@ __all__ = [
     "PeerClose",
     "PeerReset",
     "Server",
+    "ServerStatistics",
     "connect_tcp",
     "connection_scope",
     "scoped",

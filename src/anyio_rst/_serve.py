@@ -7,13 +7,19 @@ import inspect
 import logging
 import math
 import os
+import socket
+import ssl
 import sys
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from anyio import (
     TASK_STATUS_IGNORED,
     CancelScope,
     Event,
+    Lock,
     create_task_group,
     create_tcp_listener,
     current_effective_deadline,
@@ -26,14 +32,13 @@ from anyio.abc import SocketAttribute
 from . import _sockets
 from ._connection import Connection, cut_short, run
 from ._drain import DEFAULT_DRAIN, Drain, check_drain
-from ._ending import Cause, all_leaves, check_finish_on
+from ._ending import Cause, CloseKind, all_leaves, check_finish_on
 from ._native import NativeStream
 from ._peer import PeerReset
 from ._scope import check_handler
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
     from ipaddress import IPv4Address, IPv6Address
 
     import trio
@@ -44,7 +49,9 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-__all__ = ["Server", "serve_tcp"]
+__all__ = ["Server", "ServerStatistics", "serve_tcp"]
+
+K = TypeVar("K")
 
 logger = logging.getLogger("anyio_rst")
 
@@ -59,6 +66,47 @@ ACCEPTS_PER_TURN = 64
 DEFAULT_BACKLOG = 65536
 
 
+@dataclass(frozen=True)
+class ServerStatistics:
+    """What a :class:`Server` has done up to one moment.
+
+    *accepted_connections* is the sum of *open_connections* and of either mapping.
+    """
+
+    open_connections: int
+    """Connections whose handlers are running or whose drains are under way."""
+
+    accepted_connections: int
+    """Connections accepted since the start."""
+
+    endings_by_kind: Mapping[CloseKind, int]
+    """Connections that have ended, by :attr:`Ending.kind`; every kind is in it."""
+
+    endings_by_cause: Mapping[Cause, int]
+    """Connections that have ended, by :attr:`Ending.cause`; every cause is in it."""
+
+
+class _Totals(Mapping[K, int]):
+    """Read-only. Unlike a mapping proxy, it can be copied, and pickled for a parent."""
+
+    __slots__ = ("_totals",)
+
+    def __init__(self, totals: dict[K, int]) -> None:
+        self._totals = totals
+
+    def __getitem__(self, key: K) -> int:
+        return self._totals[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._totals)
+
+    def __len__(self) -> int:
+        return len(self._totals)
+
+    def __repr__(self) -> str:
+        return repr(self._totals)
+
+
 class Server:
     """A running :func:`serve_tcp`."""
 
@@ -69,6 +117,7 @@ class Server:
         *,
         finish_on: tuple[type[BaseException], ...],
         drain: Drain | None,
+        max_connections: int | None,
         propagate_errors: bool,
         on_ending: Callable[[Connection], object] | None,
     ) -> None:
@@ -82,21 +131,44 @@ class Server:
         self._handler = handler
         self._finish_on = finish_on
         self._drain = drain
+        self._max_connections = (
+            sys.maxsize if max_connections is None else max_connections
+        )
         self._propagate_errors = propagate_errors
         self._on_ending = on_ending
         self._open: set[Connection] = set()
+        self._accepted = 0
+        self._endings: Counter[tuple[CloseKind, Cause]] = Counter()
         self._accepting = CancelScope()
-        self._idle: Event | None = None
+        # Where room or descriptors are short, the listening sockets take turns, and one
+        # of them at a time says so in the log.
+        self._turn = Lock(fast_acquire=True)
+        self._next_end: Event | None = None
 
     @property
     def connections(self) -> frozenset[Connection]:
         """The connections whose handlers are running or whose drains are under way."""
         return frozenset(self._open)
 
+    def statistics(self) -> ServerStatistics:
+        """The totals up to now. They stay readable when the server is over."""
+        by_kind = dict.fromkeys(CloseKind, 0)
+        by_cause = dict.fromkeys(Cause, 0)
+        for (kind, cause), total in self._endings.items():
+            by_kind[kind] += total
+            by_cause[cause] += total
+        return ServerStatistics(
+            open_connections=len(self._open),
+            accepted_connections=self._accepted,
+            endings_by_kind=_Totals(by_kind),
+            endings_by_cause=_Totals(by_cause),
+        )
+
     def stop(self) -> None:
         """Stop accepting. `serve_tcp` returns when the last handler is done.
 
-        Connections still in the backlog are reset by the kernel. Idempotent.
+        Connections still in the backlog are reset by the kernel, unless another process
+        has the listening socket too. Idempotent.
         """
         self._accepting.cancel()
 
@@ -115,8 +187,12 @@ class Server:
         finally:
             self._stop_listening()
         while self._open:
-            self._idle = Event()
-            await self._idle.wait()
+            await self._wait_for_an_end()
+
+    async def _wait_for_an_end(self) -> None:
+        if self._next_end is None:
+            self._next_end = Event()
+        await self._next_end.wait()
 
     def _stop_listening(self) -> None:
         for sock in self._sockets:
@@ -131,25 +207,33 @@ class Server:
     ) -> None:
         while True:
             await wait_readable(listener)
-            for _ in range(ACCEPTS_PER_TURN):
-                try:
-                    sock, address = listener.accept()
-                except BlockingIOError:
-                    break
-                except OSError as exc:
-                    if exc.errno in _sockets.CAPACITY_ERRNOS:
-                        logger.error(
-                            "accept: %s (%s); trying again in %s s",
-                            errno.errorcode[exc.errno],
-                            os.strerror(exc.errno),
-                            CAPACITY_RETRY,
-                        )
-                        await sleep(CAPACITY_RETRY)
-                        break
-                    if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
-                        continue
-                    raise
-                self._start(sock, _sockets.host_and_port(address), tasks)
+            async with self._turn:
+                while (room := self._max_connections - len(self._open)) <= 0:
+                    await self._wait_for_an_end()
+                await self._accept_up_to(min(room, ACCEPTS_PER_TURN), listener, tasks)
+
+    async def _accept_up_to(
+        self, most: int, listener: socket.socket, tasks: TaskGroup | trio.Nursery
+    ) -> None:
+        for _ in range(most):
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno in _sockets.CAPACITY_ERRNOS:
+                    logger.error(
+                        "accept: %s (%s); trying again in %s s",
+                        errno.errorcode[exc.errno],
+                        os.strerror(exc.errno),
+                        CAPACITY_RETRY,
+                    )
+                    await sleep(CAPACITY_RETRY)
+                    return
+                if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
+                    continue
+                raise
+            self._start(sock, _sockets.host_and_port(address), tasks)
 
     def _start(
         self,
@@ -164,11 +248,12 @@ class Server:
             NativeStream(sock, address), finish_on=self._finish_on, drain=self._drain
         )
         self._open.add(connection)
+        self._accepted += 1
         try:
             tasks.start_soon(self._handle, connection)
         except BaseException:  # a task group that is over
-            self._open.discard(connection)
             connection.abort()
+            self._ended(connection)
             raise
 
     async def _handle(self, connection: Connection) -> None:
@@ -181,10 +266,17 @@ class Server:
             if remaining is not None:
                 raise remaining from None
         finally:
-            self._open.discard(connection)
-            if self._idle is not None and not self._open:
-                self._idle.set()
+            self._ended(connection)
             self._report(connection)
+
+    def _ended(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        ending = connection.ending
+        if ending is not None:
+            self._endings[ending.kind, ending.cause] += 1
+        if self._next_end is not None:
+            self._next_end.set()
+            self._next_end = None
 
     def _settle(self, connection: Connection, exc: BaseException) -> BaseException | None:
         """Log what *exc* says of the handler; what of it has to leave the task."""
@@ -231,6 +323,9 @@ async def serve_tcp(
     *,
     host: str | IPv4Address | IPv6Address | None = None,
     backlog: int = DEFAULT_BACKLOG,
+    reuse_port: bool = False,
+    sockets: Sequence[socket.socket] | None = None,
+    max_connections: int | None = None,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
     propagate_errors: bool = False,
@@ -261,6 +356,15 @@ async def serve_tcp(
       host: address or name of the interface; None serves IPv4 and IPv6 on all of them.
         Addresses, dual stack and port are those of :func:`anyio.create_tcp_listener`.
       backlog: connections that may wait to be accepted (listen(2)).
+      reuse_port: let other processes serve the same port, each on a socket of its own
+        (SO_REUSEPORT of socket(7)). All of them have to ask for it.
+      sockets: listening TCP sockets to serve on, instead of *host*, *port*, *backlog*
+        and *reuse_port*: those of systemd's socket activation, or of a parent process.
+        They belong to `serve_tcp` from the moment it has accepted its arguments, and it
+        closes them. They become non-blocking, and pass SO_LINGER {1, 0} and TCP_NODELAY
+        on to what they accept, for all processes that share them.
+      max_connections: how many may be open at once, drains included; None for no limit.
+        At the limit nothing is accepted, and the backlog holds the rest, in order.
       finish_on: exceptions that are a clean end: the peer gets FIN, and nothing is
         logged above DEBUG.
       drain: the limits of a clean end.
@@ -280,9 +384,16 @@ async def serve_tcp(
       :exc:`Exception` get out. When there are no descriptors or is no memory to accept
       a connection with, that is logged at ERROR, and tried again after 100 ms.
 
+      A handler that does not await holds up everything else in its thread; those who
+      connect wait in the backlog. One that swallows a cancellation of the server keeps
+      `serve_tcp` from returning, but not its connection from being reset; only if it
+      returns at once, it has returned: FIN. A task that a handler has left behind gets
+      :exc:`anyio.ClosedResourceError` from the connection; if it was in the middle of a
+      send, the connection is reset.
+
     Raises:
-      TypeError, ValueError: an argument is of the wrong type or out of range. Nothing
-        was bound.
+      TypeError, ValueError: an argument is of the wrong type or out of range, or does
+        not go with *sockets*. Nothing was bound, and *sockets* are untouched.
       OSError: the address is in use or cannot be had. Nothing stays bound.
     """
     check_handler(handler, "serve_tcp")
@@ -290,6 +401,9 @@ async def serve_tcp(
     _check_number("backlog", backlog, 1, None)
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
+    if max_connections is not None:
+        _check_number("max_connections", max_connections, 1, None)
+    _check_reuse_port(reuse_port)
     if task_group is not None and not hasattr(task_group, "start_soon"):
         raise TypeError(f"task_group has no start_soon(): {task_group!r}")
     reporter: object = on_ending
@@ -298,12 +412,23 @@ async def serve_tcp(
     ):
         raise TypeError(f"on_ending takes a function that is not async: {on_ending!r}")
 
-    sockets = await _listen(host, port, backlog)
+    if sockets is None:
+        listening = await _listen(host, port, backlog, reuse_port)
+    else:
+        if host is not None or backlog != DEFAULT_BACKLOG or reuse_port:
+            raise ValueError(
+                "sockets are bound and listening already: host, backlog and reuse_port "
+                "do not go with them"
+            )
+        listening = _check_sockets(sockets, port)
+    for sock in listening:
+        _sockets.prepare_listener(sock)
     server = Server(
-        sockets,
+        listening,
         handler,
         finish_on=finish_on,
         drain=drain,
+        max_connections=max_connections,
         propagate_errors=propagate_errors,
         on_ending=on_ending,
     )
@@ -319,19 +444,54 @@ async def serve_tcp(
 
 
 async def _listen(
-    host: str | IPv4Address | IPv6Address | None, port: int, backlog: int
+    host: str | IPv4Address | IPv6Address | None,
+    port: int,
+    backlog: int,
+    reuse_port: bool,
 ) -> list[socket.socket]:
     try:
         bound = await create_tcp_listener(
-            local_host=host, local_port=port, backlog=backlog
+            local_host=host, local_port=port, backlog=backlog, reuse_port=reuse_port
         )
     except OSError as exc:
         where = f"port {port}" if host is None else f"{host}, port {port}"
         raise type(exc)(exc.errno, f"cannot listen on {where}: {exc}") from exc
-    sockets = [listener.extra(SocketAttribute.raw_socket) for listener in bound.listeners]
-    for sock in sockets:
-        _sockets.prepare_listener(sock)
-    return sockets
+    return [listener.extra(SocketAttribute.raw_socket) for listener in bound.listeners]
+
+
+def _check_sockets(sockets: object, port: int) -> list[socket.socket]:
+    """The listening sockets that the caller has brought, looked at and not changed."""
+    if not isinstance(sockets, (list, tuple)):
+        raise TypeError(f"sockets must be a list or tuple of sockets, not {sockets!r}")
+    if not sockets:
+        raise ValueError("sockets is empty: there is nothing to serve on")
+    checked: dict[int, str] = {}
+    for index, sock in enumerate(sockets):
+        name = f"sockets[{index}]"
+        if isinstance(sock, int):
+            raise TypeError(
+                f"{name} must be a socket, not {sock!r}; if that is a descriptor: "
+                f"socket.socket(fileno={sock!r})"
+            )
+        if not isinstance(sock, socket.socket):
+            raise TypeError(f"{name} must be a socket.socket, not {sock!r}")
+        if isinstance(sock, ssl.SSLSocket):
+            raise TypeError(f"{name} is an SSLSocket; serve_tcp takes plain ones")
+        _sockets.refuse_unless_listening(sock, name)
+        if sock.fileno() in checked:
+            raise ValueError(f"{name} is the same as {checked[sock.fileno()]}")
+        checked[sock.fileno()] = name
+        bound = sock.getsockname()[1]
+        if port not in (0, bound):
+            raise ValueError(f"port is {port}, but {name} listens on {bound}")
+    return list(sockets)
+
+
+def _check_reuse_port(reuse_port: object) -> None:
+    if not isinstance(reuse_port, bool):
+        raise TypeError(f"reuse_port must be True or False, not {reuse_port!r}")
+    if reuse_port and not _sockets.CAN_REUSE_PORT:
+        raise ValueError("reuse_port: this platform has no SO_REUSEPORT")
 
 
 def _check_number(name: str, value: object, least: int, most: int | None) -> None:
