@@ -22,7 +22,7 @@ ASYNCIO = BACKENDS[:2]
 KINDS = ["native", "foreign", "buffered", "trio"]
 
 # Ways for a connection to come by TLS: see test_tls.serve_tls().
-WRAPPINGS = ["start_tls", "wrapped", "buffered", "trio"]
+WRAPPINGS = ["served", "start_tls", "wrapped", "buffered", "trio"]
 
 BACKEND = ["anyio_backend"]
 

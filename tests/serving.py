@@ -182,7 +182,8 @@ async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Se
             if kind == "native":
 
                 def on_ending(connection: Connection) -> None:
-                    overs[connection].set()
+                    if connection in overs:  # its handler was called
+                        overs[connection].set()
 
                 async def serve_native(*, task_status: Any) -> None:
                     await serve_tcp(

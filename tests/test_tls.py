@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import anyio
@@ -26,6 +28,7 @@ from anyio_rst import (
     PeerReset,
     connect_tcp,
     connection_scope,
+    serve_tcp,
 )
 
 from serving import LONG, Handler, Peer, Seen, Service, foreign_pair, serve, value_of
@@ -62,10 +65,16 @@ async def serve_tls(
 ) -> AsyncIterator[Service]:
     """Serve *handler* over TLS; *options* are those of `connection_scope`.
 
-    *wrapping* says who wraps the connection: "start_tls" on a native one, or the user, in
-    a `connection_scope`: with AnyIO's `TLSStream`, bare ("wrapped") or with a buffer
-    around it ("buffered"), or with a `trio.SSLStream` ("trio").
+    *wrapping* says who wraps the connection: `serve_tcp` ("served"), its handler
+    ("start_tls"), or the user, in a `connection_scope`: with AnyIO's `TLSStream`, bare
+    ("wrapped") or with a buffer around it ("buffered"), or with a `trio.SSLStream`
+    ("trio").
     """
+    if wrapping == "served":
+        async with serve("native", handler, ssl_context=SERVER_CONTEXT, **options) as it:
+            yield it
+        return
+
     if wrapping == "start_tls":
 
         async def started(conn: Connection) -> object:
@@ -536,6 +545,120 @@ async def test_bad_arguments_are_refused_and_nothing_is_changed(
     async with serve("native", handler) as service:
         with service.connect() as peer:
             assert await peer.read_to_end() == Seen(b"fine", PeerClose.FIN)
+
+
+# Handshakes of a server.
+
+
+async def reset_in_the_middle(peer: Peer) -> None:
+    await peer.send(client_hello()[:20])
+    peer.reset()
+
+
+async def with_an_old_version(peer: Peer) -> None:
+    context = client_context(ssl.TLSVersion.TLSv1_2)
+    with pytest.raises((ssl.SSLError, ConnectionResetError)):
+        await anyio.to_thread.run_sync(
+            partial(context.wrap_socket, peer.sock, server_hostname="localhost")
+        )
+
+
+async def say_nothing(peer: Peer) -> None:
+    assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+
+
+async def send_garbage(peer: Peer) -> None:
+    await peer.send(b"GET / HTTP/1.0\r\n\r\n")
+    assert (await peer.read_to_end()).close is PeerClose.RST
+
+
+@pytest.mark.parametrize(
+    "fail", [reset_in_the_middle, with_an_old_version, say_nothing, send_garbage]
+)
+async def test_handshake_that_fails_costs_one_connection_and_one_line(
+    fail: Callable[[Peer], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(conn: Connection) -> None:
+        async for chunk in conn:
+            await conn.send(chunk)
+
+    caplog.set_level(logging.DEBUG, "anyio_rst")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    AUTHORITY.issue_cert("localhost").configure_cert(context)
+    endings: list[Any] = []
+    ended = anyio.Event()
+
+    def on_ending(conn: Connection) -> None:
+        if conn.ending is not None and conn.ending.kind is CloseKind.RST:
+            endings.append(conn.ending)
+            ended.set()
+
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(
+            partial(
+                serve_tcp,
+                handler,
+                host="127.0.0.1",
+                ssl_context=context,
+                handshake_timeout=0.2 if fail is say_nothing else LONG,
+                on_ending=on_ending,
+            )
+        )
+        async with SecurePeer(server.port, ssl.TLSVersion.TLSv1_3) as other:
+            await other.send(b"before")
+            assert await anyio.to_thread.run_sync(other.tls.recv, 10) == b"before"
+            with Peer(server.port) as peer:
+                await fail(peer)
+                await ended.wait()
+            await other.send(b"after")
+            assert await anyio.to_thread.run_sync(other.tls.recv, 10) == b"after"
+            await anyio.to_thread.run_sync(other.tls.unwrap)
+        server.stop()
+    assert len(endings) == 1
+    (record,) = caplog.records
+    assert (record.levelno, record.exc_info) == (logging.INFO, None)
+    assert "TLS handshake" in record.message
+
+
+async def test_client_without_a_certificate_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def handler(conn: Connection) -> None:
+        pytest.fail("called before the handshake was over")
+
+    caplog.set_level(logging.DEBUG, "anyio_rst")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    AUTHORITY.issue_cert("localhost").configure_cert(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    async with serve("native", handler, ssl_context=context) as service:
+        async with SecurePeer(service.port, ssl.TLSVersion.TLSv1_3) as peer:
+            with suppress(ssl.SSLError, OSError):
+                data, end = await peer.read_to_end()
+                assert (data, end) == (b"", ["RST"])
+    (record,) = caplog.records
+    assert (record.levelno, record.exc_info) == (logging.INFO, None)
+    assert "TLS handshake failed" in record.message
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ssl_context": "context"}, TypeError, "ssl_context must be an ssl.SSLContext"),
+        ({"ssl_context": client_context()}, ValueError, "is for the client's side"),
+        ({"handshake_timeout": 0}, ValueError, "handshake_timeout must be > 0"),
+        ({"handshake_timeout": -1}, ValueError, "handshake_timeout must be finite"),
+        ({"handshake_timeout": float("nan")}, ValueError, "must be finite"),
+        ({"handshake_timeout": "30"}, TypeError, "must be a number of seconds"),
+    ],
+)
+async def test_bad_tls_options_of_a_server_are_refused(
+    options: Any, error: type[Exception], message: str
+) -> None:
+    async def handler(conn: Connection) -> None: ...
+
+    with pytest.raises(error, match=message):
+        await serve_tcp(handler, **options)
 
 
 # The client's side.

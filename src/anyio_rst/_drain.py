@@ -32,18 +32,24 @@ class Drain:
 
     def __post_init__(self) -> None:
         # What is typed as a number may still be something else in an untyped program.
-        timeout: object = self.timeout
+        check_seconds("Drain timeout", self.timeout)
         max_bytes: object = self.max_bytes
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            raise TypeError(f"Drain timeout must be a number of seconds, not {timeout!r}")
-        if not math.isfinite(timeout) or timeout < 0:
-            raise ValueError(f"Drain timeout must be finite and >= 0, not {timeout!r}")
         if max_bytes is None:
             return
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
             raise TypeError(f"Drain max_bytes must be an int or None, not {max_bytes!r}")
         if max_bytes < 0:
             raise ValueError(f"Drain max_bytes must be >= 0, not {max_bytes!r}")
+
+
+def check_seconds(name: str, seconds: float) -> float:
+    """*seconds*, called *name* in messages, if it can be waited for that long."""
+    given: object = seconds  # an untyped program may give anything
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {given!r}")
+    if not math.isfinite(given) or given < 0:
+        raise ValueError(f"{name} must be finite and >= 0, not {given!r}")
+    return given
 
 
 DEFAULT_DRAIN = Drain()

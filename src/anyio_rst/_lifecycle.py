@@ -38,7 +38,7 @@ class Lifecycle:
         self.cause: Cause | None = None
         """The verdict, once it has fallen."""
         self.ending: Ending | None = None
-        self.stream = stream
+        self.stream: EndableStream = stream
         self._over: Event | None = None
 
     @property

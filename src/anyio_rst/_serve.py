@@ -23,6 +23,7 @@ from anyio import (
     create_task_group,
     create_tcp_listener,
     current_effective_deadline,
+    fail_after,
     get_cancelled_exc_class,
     sleep,
     wait_readable,
@@ -31,11 +32,12 @@ from anyio.abc import SocketAttribute
 
 from . import _sockets
 from ._connection import Connection, cut_short, run
-from ._drain import DEFAULT_DRAIN, Drain, check_drain
+from ._drain import DEFAULT_DRAIN, Drain, check_drain, check_seconds
 from ._ending import Cause, CloseKind, all_leaves, check_finish_on
 from ._native import NativeStream
 from ._peer import PeerReset
 from ._scope import check_handler
+from ._tls import check_tls
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -64,6 +66,9 @@ ACCEPTS_PER_TURN = 64
 
 # As AnyIO; the kernel cuts it to what it allows (net.core.somaxconn, listen(2)).
 DEFAULT_BACKLOG = 65536
+
+# Seconds. A client that takes longer is not going to.
+DEFAULT_HANDSHAKE_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,10 @@ class _Totals(Mapping[K, int]):
 
     def __repr__(self) -> str:
         return repr(self._totals)
+
+
+class HandshakeFailed(Exception):
+    """The outcome of a connection whose handler was never called."""
 
 
 class Server:
@@ -289,11 +298,15 @@ class Server:
             cancelled = None
         if failure is None:
             return cancelled
-        if self._propagate_errors or not isinstance(failure, Exception):
+        if not isinstance(failure, Exception) or (
+            self._propagate_errors and not isinstance(failure, HandshakeFailed)
+        ):
             return exc
         ending = connection.ending
         if ending is not None and ending.cause is Cause.FINISH_ON:
             logger.debug("a handler ended with %r: %r", failure, connection)
+        elif isinstance(failure, HandshakeFailed):
+            logger.info("%s: %r", failure, connection)
         elif all_leaves(failure, PeerReset):
             logger.info("the peer reset the connection: %r", connection)
         else:
@@ -331,6 +344,8 @@ async def serve_tcp(
     propagate_errors: bool = False,
     task_group: TaskGroup | trio.Nursery | None = None,
     on_ending: Callable[[Connection], object] | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     task_status: TaskStatus[Server] = TASK_STATUS_IGNORED,
 ) -> None:
     """Accept TCP connections, and run `handler(connection)` in a task for each.
@@ -373,6 +388,10 @@ async def serve_tcp(
       task_group: the task group or Trio nursery that handlers run in, instead of one of
         the server's own. Then it is this group's cancellation that resets them, and
         cancelling `serve_tcp` only stops accepting.
+      ssl_context: speak TLS, as by :meth:`Connection.start_tls`, before the handler is
+        called. A handshake that fails costs its own connection an RST and one record at
+        INFO; it is never propagated.
+      handshake_timeout: seconds for a handshake.
       on_ending: called with each :class:`Connection` once it has ended.
       task_status: for `tg.start()`; gets the :class:`Server`.
 
@@ -401,6 +420,11 @@ async def serve_tcp(
     _check_number("backlog", backlog, 1, None)
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
+    timeout = check_seconds("handshake_timeout", handshake_timeout)
+    if not timeout:
+        raise ValueError("handshake_timeout must be > 0: no handshake takes no time")
+    if ssl_context is not None:
+        check_tls(ssl_context, True, None)
     if max_connections is not None:
         _check_number("max_connections", max_connections, 1, None)
     _check_reuse_port(reuse_port)
@@ -425,7 +449,7 @@ async def serve_tcp(
         _sockets.prepare_listener(sock)
     server = Server(
         listening,
-        handler,
+        handler if ssl_context is None else _secured(handler, ssl_context, timeout),
         finish_on=finish_on,
         drain=drain,
         max_connections=max_connections,
@@ -441,6 +465,28 @@ async def serve_tcp(
         except BaseException:
             server._cut_short()
             raise
+
+
+def _secured(
+    handler: Callable[[Connection], Awaitable[object]],
+    ssl_context: ssl.SSLContext,
+    handshake_timeout: float,
+) -> Callable[[Connection], Awaitable[object]]:
+    """*handler* after a TLS handshake, in the connection's own task."""
+
+    async def secured(connection: Connection) -> object:
+        try:
+            with fail_after(handshake_timeout):
+                await connection.start_tls(ssl_context, server_side=True)
+        except TimeoutError as exc:
+            raise HandshakeFailed(
+                f"no TLS handshake within {handshake_timeout} s"
+            ) from exc
+        except Exception as exc:
+            raise HandshakeFailed(f"the TLS handshake failed ({exc})") from exc
+        return await handler(connection)
+
+    return secured
 
 
 async def _listen(
