@@ -6,9 +6,11 @@ import logging
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -374,8 +376,14 @@ async def receive_end(conn: Connection, ends: list[BaseException]) -> None:
     ],
 )
 async def test_only_a_close_notify_is_a_clean_end_of_the_peer(
-    wrapping: str, version: ssl.TLSVersion, says: str, expected: type[BaseException]
+    wrapping: str,
+    version: ssl.TLSVersion,
+    says: str,
+    expected: type[BaseException],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "anyio_rst")
+
     async def handler(conn: Connection) -> None:
         await conn.send(b"x")
         await receive_end(conn, ends)
@@ -396,7 +404,13 @@ async def test_only_a_close_notify_is_a_clean_end_of_the_peer(
                 await (await service.next()).over.wait()
         if says == "close_notify":
             await (await service.next()).over.wait()
-    assert [type(end) for end in ends] == [expected]
+    (end,) = ends
+    assert isinstance(end, expected)
+    assert isinstance(end, PeerReset) is (says == "rst")
+    if wrapping == "served":
+        # Peers that go away are everyday life.
+        levels = {record.levelno for record in caplog.records}
+        assert levels == ({logging.ERROR} if says == "close_notify" else {logging.INFO})
 
 
 # STARTTLS.
@@ -704,6 +718,54 @@ async def test_connect_tcp_refuses_a_bad_context(
 ) -> None:
     with pytest.raises(error, match="ssl_context"):
         connect_tcp("127.0.0.1", 9, **options)
+
+
+DYING = """
+import os, signal, ssl, sys
+import anyio
+from anyio_rst import serve_tcp
+
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[1])
+
+async def handler(conn):
+    await conn.receive()
+    await conn.send(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Status:
+    def started(self, server):
+        print(server.port, flush=True)
+
+async def main():
+    await serve_tcp(handler, host="127.0.0.1", ssl_context=context, task_status=Status())
+
+anyio.run(main, backend=sys.argv[2], backend_options={"use_uvloop": True}
+          if sys.argv[3] == "uvloop" else {})
+"""
+
+
+async def test_process_that_is_killed_says_no_close_notify(
+    anyio_backend: Any, version: ssl.TLSVersion, tmp_path: Path
+) -> None:
+    certificate = tmp_path / "server.pem"
+    AUTHORITY.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(
+        certificate
+    )
+    name, options = anyio_backend
+    loop = "uvloop" if options.get("use_uvloop") else name
+    with subprocess.Popen(
+        [sys.executable, "-c", DYING, str(certificate), name, loop],
+        stdout=subprocess.PIPE,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port = int(await anyio.to_thread.run_sync(process.stdout.readline))
+            async with SecurePeer(port, version) as peer:
+                await peer.send(b"?")
+                assert await peer.read_to_end() == (b"half", ["RST"])
+        finally:
+            process.kill()
 
 
 async def test_openssl_sees_a_clean_end_and_a_reset() -> None:

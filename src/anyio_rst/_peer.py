@@ -22,7 +22,11 @@ class PeerClose(enum.Enum):
     """Neither was seen before the connection was closed here."""
 
 
-class PeerReset(BrokenResourceError):
+class ConnectionLost(BrokenResourceError):
+    """The connection was lost, and nobody here is to blame for it."""
+
+
+class PeerReset(ConnectionLost):
     """The peer reset the connection: what has been received may be a torso.
 
     Raised by :class:`Connection` from the :exc:`OSError` that told. The peer's FIN

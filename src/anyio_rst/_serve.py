@@ -35,7 +35,7 @@ from ._connection import Connection, cut_short, run
 from ._drain import DEFAULT_DRAIN, Drain, check_drain, check_seconds
 from ._ending import Cause, CloseKind, all_leaves, check_finish_on
 from ._native import NativeStream
-from ._peer import PeerReset
+from ._peer import ConnectionLost
 from ._scope import check_handler
 from ._tls import check_tls
 
@@ -307,8 +307,8 @@ class Server:
             logger.debug("a handler ended with %r: %r", failure, connection)
         elif isinstance(failure, HandshakeFailed):
             logger.info("%s: %r", failure, connection)
-        elif all_leaves(failure, PeerReset):
-            logger.info("the peer reset the connection: %r", connection)
+        elif all_leaves(failure, ConnectionLost):
+            logger.info("the peer went away: %r: %s", connection, failure)
         else:
             logger.error("a handler failed: %r", connection, exc_info=failure)
         return cancelled
@@ -397,8 +397,9 @@ async def serve_tcp(
 
     Error handling:
       An exception of a handler costs its own connection an RST, and is logged on the
-      `anyio_rst` logger at ERROR with its traceback; if it is :exc:`PeerReset`, at INFO
-      without. An exception of *on_ending* is logged in the same way.
+      `anyio_rst` logger at ERROR with its traceback; if it tells that a connection was
+      lost (:exc:`PeerReset`, or an :exc:`anyio.BrokenResourceError` of another loss), at
+      INFO without. An exception of *on_ending* is logged in the same way.
       :exc:`KeyboardInterrupt`, :exc:`SystemExit` and other exceptions that are no
       :exc:`Exception` get out. When there are no descriptors or is no memory to accept
       a connection with, that is logged at ERROR, and tried again after 100 ms.

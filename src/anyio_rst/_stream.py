@@ -15,7 +15,7 @@ from anyio.abc import SocketStream
 from anyio.lowlevel import checkpoint
 
 from . import _sockets
-from ._peer import PeerClose, PeerReset
+from ._peer import ConnectionLost, PeerClose, PeerReset
 
 if TYPE_CHECKING:
     import socket
@@ -205,4 +205,4 @@ class EndableStream(SocketStream):
                 self.peer = PeerClose.RST
         if self.peer is PeerClose.RST:
             return PeerReset(f"the peer reset the connection ({self._loss})")
-        return BrokenResourceError(f"the connection was lost ({self._loss})")
+        return ConnectionLost(f"the connection was lost ({self._loss})")
