@@ -53,6 +53,16 @@ class Connection(SocketStream):
     when that block does, by the rules of :func:`connection_scope`.
     """
 
+    __slots__ = (
+        "_drain",
+        "_ending",
+        "_finish_on",
+        "_lender",
+        "_life",
+        "_outcome",
+        "_stream",
+    )
+
     def __init__(
         self,
         stream: EndableStream,
@@ -345,21 +355,21 @@ async def run(
     try:
         result = await handler(connection)
     except BaseException as exc:
-        await conclude(connection, Error(exc))
+        await conclude_failed(connection, exc)
         raise
-    await conclude(connection, Value(result))
+    await conclude(connection, result)
 
 
-async def conclude(connection: Connection, outcome: Value[object] | Error) -> None:
-    """The body is left: end the connection accordingly, if it has not ended before.
+async def conclude(connection: Connection, result: object) -> None:
+    """The body has returned: end the connection, if it has not ended before."""
+    connection._outcome = Value(result)
+    await connection._end(Cause.RETURNED)
 
-    A reset is over without a checkpoint.
-    """
-    connection._outcome = outcome
-    if isinstance(outcome, Error):
-        await connection._end(cause_of_exit(outcome.error, connection._finish_on))
-    else:
-        await connection._end(Cause.RETURNED)
+
+async def conclude_failed(connection: Connection, exc: BaseException) -> None:
+    """The body has raised *exc*: the same. A reset is over without a checkpoint."""
+    connection._outcome = Error(exc)
+    await connection._end(cause_of_exit(exc, connection._finish_on))
 
 
 def cut_short(connection: Connection) -> None:

@@ -34,11 +34,14 @@ DISCARDED_PER_TURN = 2**20
 class NativeStream(EndableStream):
     """A complete `anyio.abc.SocketStream` on the non-blocking *sock*, which it owns."""
 
+    __slots__ = ("_ahead", "_last", "_sock")
+
     def __init__(
         self, sock: socket.socket, remote_address: tuple[str, int] | None
     ) -> None:
         super().__init__(remote_address)
         self._sock = sock
+        self._ahead = b""  # read by a receive() that was then cancelled: for the next
         self._last = b""
 
     @property
@@ -46,15 +49,29 @@ class NativeStream(EndableStream):
         return self._sock
 
     async def _receive(self, max_bytes: int) -> bytes:
-        await checkpoint()
-        while True:
+        data = self._read(max(0, max_bytes - len(self._ahead)))
+        if data is not None or self._ahead:
+            # Cancelled in this checkpoint, it has taken nothing.
+            self._ahead += data or b""
+            data = self._ahead
+            await checkpoint()
+            self._ahead = data[max_bytes:]
+            return data[:max_bytes]
+        while data is None:
+            await wait_readable(self._sock)
             self._refuse_if_closed()
-            try:
-                return self._sock.recv(max_bytes)
-            except BlockingIOError:
-                await wait_readable(self._sock)
-            except OSError as exc:
-                raise self._lost(exc) from exc
+            data = self._read(max_bytes)
+        return data
+
+    def _read(self, max_bytes: int) -> bytes | None:
+        """What has arrived; nothing at the end or after a loss; None if not yet."""
+        try:
+            return self._sock.recv(max_bytes)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            self._lost(exc)
+            return b""
 
     async def _send(self, item: bytes) -> None:
         view = memoryview(item).cast("B")
@@ -94,6 +111,7 @@ class NativeStream(EndableStream):
     async def send_fin(self, last: bytes = b"") -> None:
         self._closed = True
         self._wake()
+        self.discarded = len(self._ahead)
         self._last = self._finish(self._sock, last)
 
     async def drain(self, limits: Drain) -> None:
@@ -106,15 +124,20 @@ class NativeStream(EndableStream):
         if self._last:
             with move_on_after(limits.timeout):
                 await self._send_last(limits)
-        if self.peer is not PeerClose.NONE or self._discard(limits):
+            if self._last:
+                return
+        if self.peer is not PeerClose.NONE:
             return
         self._receiving = True
         done = False
         try:
+            # A peer that waits for our FIN answers within this turn. And the same again
+            # for the waiter of another socket that was closed just now, if this one has
+            # got its number.
+            await checkpoint()
+            if done := self._discard(limits):
+                return
             with move_on_after(limits.timeout):
-                # The same for the waiter of another socket that was closed just now,
-                # if this one has got its number.
-                await checkpoint()
                 while not (done := self._discard(limits)):
                     await wait_readable(self._sock)
         finally:
@@ -151,15 +174,11 @@ class NativeStream(EndableStream):
             size = RECEIVE_SIZE
             if limits.max_bytes is not None:
                 size = min(size, limits.max_bytes - self.discarded)
-                if size == 0:
+                if size <= 0:
                     return True
-            try:
-                data = self._sock.recv(size)
-            except BlockingIOError:
+            data = self._read(size)
+            if data is None:
                 return False
-            except OSError as exc:
-                self._lost(exc)
-                return True
             if not data:
                 if self._loss is None:
                     self.peer = PeerClose.FIN

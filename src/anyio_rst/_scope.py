@@ -6,9 +6,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from outcome import Error, Value
-
-from ._connection import Connection, arm, conclude, open_connection, run
+from ._connection import Connection, arm, conclude, conclude_failed, open_connection, run
 from ._drain import DEFAULT_DRAIN, Drain, check_drain
 from ._ending import check_finish_on
 
@@ -96,8 +94,10 @@ class _ConnectionScope:
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        outcome = Value(None) if exc_val is None else Error(exc_val)
-        await conclude(self._connection, outcome)
+        if exc_val is None:
+            await conclude(self._connection, None)
+        else:
+            await conclude_failed(self._connection, exc_val)
 
 
 def scoped(

@@ -96,9 +96,9 @@ def borrowed(owned: SocketLike) -> Iterator[socket.socket]:
 
 def host_and_port(address: tuple[Any, ...]) -> tuple[str, int]:
     """(host, port) of a socket address; an IPv6 scope becomes a part of the host."""
-    host, port, *rest = address
-    if len(rest) == 2 and rest[1]:
-        host = f"{host.split('%')[0]}%{rest[1]}"
+    host, port = address[:2]
+    if len(address) == 4 and address[3]:
+        host = f"{host.split('%')[0]}%{address[3]}"
     return host, port
 
 
@@ -176,8 +176,8 @@ def reset(sock: socket.socket) -> None:
     last copy is closed. A connection that is gone already is left alone.
     """
     with suppress(OSError):
-        arm(sock)
-        _dissolve(sock)
+        if not _dissolve(sock):
+            arm(sock)
 
 
 if sys.platform == "linux":
@@ -188,10 +188,11 @@ if sys.platform == "linux":
     # struct sockaddr {sa_family = AF_UNSPEC}; the socket module cannot spell it.
     _UNSPECIFIED = struct.pack("H14x", socket.AF_UNSPEC)
 
-    def _dissolve(sock: socket.socket) -> None:
+    def _dissolve(sock: socket.socket) -> bool:
         # connect(2): "TCP sockets may dissolve the association by connecting to an
         # address with the sa_family member set to AF_UNSPEC". It resets the connection.
-        _connect(sock.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
+        failed: int = _connect(sock.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
+        return not failed
 
     from fcntl import ioctl
     from termios import FIONREAD, TIOCOUTQ
@@ -216,8 +217,9 @@ if sys.platform == "linux":
     RESETS_UNDER_A_TRANSPORT = True
 else:
 
-    def _dissolve(sock: socket.socket) -> None:
+    def _dissolve(sock: socket.socket) -> bool:
         """Only Linux documents it; the linger option resets on close."""
+        return False
 
     def unread(sock: socket.socket) -> int:
         """Not known here: as much as a receive buffer may hold."""

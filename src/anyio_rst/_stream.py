@@ -34,6 +34,19 @@ class EndableStream(SocketStream):
     before the FIN is out is a reset.
     """
 
+    __slots__ = (
+        "_closed",
+        "_loss",
+        "_receiving",
+        "_sending",
+        "discarded",
+        "eof_sent",
+        "mid_send",
+        "peer",
+        "remote_address",
+        "unacknowledged",
+    )
+
     def __init__(self, remote_address: tuple[str, int] | None) -> None:
         self.remote_address = remote_address
         self.peer: PeerClose = PeerClose.NONE
