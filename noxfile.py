@@ -31,6 +31,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Compare the server with others: what they cost, and how they end."""
+    session.install(".[trio,uvloop]", *group("bench"))
+    session.run("python", "bench/run.py", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite."""
     run_tests(session)

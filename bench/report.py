@@ -1,0 +1,159 @@
+"""The tables of the results, and what they are written to.
+
+`python bench/report.py` writes docs/benchmark.* anew from bench/results.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import chart
+from results import FLATNESS, IN_TURN, UNTIL_RESET, WORKLOADS, base, load
+from servers import CONTENDERS, RULES, title
+
+if TYPE_CHECKING:
+    from results import Results, Row, Spread
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+DOCS = HERE.parent / "docs"
+PAGE, CHART = DOCS / "benchmark.md", DOCS / "benchmark.svg"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
+
+COMPARED = IN_TURN | UNTIL_RESET
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def median(spread: Spread | None) -> str:
+    return "" if spread is None else number(spread.median)
+
+
+def ratio(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    if spread.low == spread.high:
+        return f"{spread.median:.2f}"
+    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """In Markdown, with straight columns."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        left, *right = zip(cells, widths, strict=True)
+        padded = [left[0].ljust(left[1]), *(cell.rjust(width) for cell, width in right)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(map(line, [head, rule, *body]))
+
+
+def versus(results: Results, one: str, other: str, loop: str) -> str:
+    """Two contenders on a loop, workload by workload."""
+    names = CONTENDERS[one].title, CONTENDERS[other].title
+    rows = (one, loop), (other, loop)
+    body = [
+        [
+            f"{workload.title}, {workload.cost}",
+            *(median(results.cost(name, row)) for row in rows),
+            ratio(results.ratio(name, rows[1], rows[0])),
+            *(median(results.rate(name, row)) for row in rows),
+        ]
+        for name, workload in COMPARED.items()
+        if all(results.cost(name, row) for row in rows)
+    ]
+    rates = (f"{name}, per second" for name in names)
+    return table([loop, *names, f"{names[1]} / {names[0]}", *rates], body)
+
+
+def pairs(results: Results, one: str, other: str) -> list[str]:
+    rows = results.rows(COMPARED)
+    return [
+        versus(results, one, other, loop)
+        for name, loop in rows
+        if name == one and (other, loop) in rows
+    ]
+
+
+def everybody(results: Results) -> str:
+    def cell(name: str, row: Row) -> str:
+        found = results.ratio(name, row, base(row))
+        factor = "" if found is None else f" ({found.median:.2f})"
+        return median(results.cost(name, row)) + factor
+
+    names = [name for name in COMPARED if results.rows([name])]
+    head = [f"{COMPARED[name].title}, {COMPARED[name].cost.split()[0]}" for name in names]
+    body = [
+        [title(row), *(cell(name, row) for name in names)] for row in results.rows(names)
+    ]
+    return table(["", *head], body)
+
+
+def rules(results: Results) -> str:
+    measured = {contender for contender, _ in results.rows(WORKLOADS)}
+    body = [
+        [contender.title, *contender.rules]
+        for name, contender in CONTENDERS.items()
+        if name in measured
+    ]
+    return table(["", *RULES], body)
+
+
+def flatness(results: Results) -> str:
+    first, *others = FLATNESS
+    head = [f"{workload.title}, µs" for workload in FLATNESS.values()]
+    head += [f"{FLATNESS[name].title} / {FLATNESS[first].title}" for name in others]
+    body = [
+        [
+            title(row),
+            *(median(results.cost(name, row)) for name in FLATNESS),
+            *(ratio(results.ratio(name, row, row, first)) for name in others),
+        ]
+        for row in results.rows(FLATNESS)
+    ]
+    return table(["", *head], body)
+
+
+def endings(results: Results) -> str:
+    total = sum(m.fin + m.rst + m.other for m in results.measurements)
+    seen = f"The clients saw {total:,} connections end"
+    wrong = [m for m in results.measurements if not m.is_right]
+    if not wrong:
+        return f"{seen}, every one as it should, and no wrong byte."
+    lines = [f"- {title(m.row)}, {m.workload}: {m.endings}" for m in wrong]
+    return "\n".join([f"{seen}, all as they should but for these:", "", *lines])
+
+
+def tables(results: Results) -> str:
+    about = results.about
+    machine = f"{about['processor']}, {about['cores']} cores, {about['system']}"
+    parts = [
+        f"{about['date']}, {about['run']} run: {chart.versions(results)}; {machine}.",
+        f"Reset and memory are those of {about['open']} connections.",
+        endings(results),
+    ]
+    if found := pairs(results, "anyio_rst", "anyio"):
+        parts += ["### `serve_tcp` and AnyIO's own listener", *found]
+    if found := pairs(results, "anyio", "scope"):
+        parts += ["### A scope around AnyIO's streams", *found]
+    if results.rows(COMPARED):
+        parts += ["### Everybody", everybody(results), rules(results)]
+    if results.rows(FLATNESS):
+        parts += ["### With more connections open", flatness(results)]
+    return "\n\n".join(parts)
+
+
+def write(results: Results) -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n\n{END}{after}")
+    CHART.write_text(chart.draw(results))
+
+
+if __name__ == "__main__":
+    write(load(RESULTS))
