@@ -320,8 +320,8 @@ def open_connection(
         outer = stream
         under = outer._stream
     else:
-        under = adopt(stream)
-        outer = under.extra(ConnectionAttribute.connection, None)
+        under, attributes = adopt(stream)
+        outer = attributes.get(ConnectionAttribute.connection, lambda: None)()
         if outer is not None and isinstance(under, SecureStream):
             raise TypeError("a Connection starts TLS itself, by Connection.start_tls()")
     if outer is None:

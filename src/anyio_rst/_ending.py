@@ -101,27 +101,22 @@ def cause_of_exit(
         return Cause.RETURNED
     if isinstance(exc, GeneratorExit):
         return Cause.RAISED  # a coroutine that is being closed could not finish anything
-    leaves = list(_leaves(exc))
-    if all(isinstance(leaf, finish_on) for leaf in leaves):
+    if all_leaves(exc, finish_on):
         return Cause.FINISH_ON
-    if all(isinstance(leaf, _cancelled_class()) for leaf in leaves):
+    if all_leaves(exc, _cancelled_class()):
         return Cause.CANCELLED
     if isinstance(exc, BaseExceptionGroup):
         return Cause.GROUP_FAILED
     return Cause.RAISED
 
 
-def all_leaves(exc: BaseException, kind: type[BaseException]) -> bool:
+def all_leaves(
+    exc: BaseException, kind: type[BaseException] | tuple[type[BaseException], ...]
+) -> bool:
     """Whether *exc* is of that kind, or a group of nothing else."""
-    return all(isinstance(leaf, kind) for leaf in _leaves(exc))
-
-
-def _leaves(exc: BaseException) -> Iterable[BaseException]:
     if isinstance(exc, BaseExceptionGroup):
-        for inner in exc.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield exc
+        return all(all_leaves(inner, kind) for inner in exc.exceptions)
+    return isinstance(exc, kind)
 
 
 def _cancelled_class() -> type[BaseException] | tuple[()]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
-from anyio import BrokenResourceError, EndOfStream
+from anyio import BrokenResourceError, BusyResourceError, EndOfStream
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.buffered import BufferedByteReceiveStream
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from ._drain import Drain
 
+    Attributes: TypeAlias = Mapping[Any, Callable[[], Any]]
     TrioTLS: TypeAlias = trio.SSLStream[trio.SocketStream]
 
 
@@ -42,16 +43,20 @@ SUSPENSIONS = 10
 class ForeignStream(EndableStream):
     """The I/O of the byte stream *stream*, and the ending of the socket under it."""
 
-    def __init__(self, stream: ByteStream, original: object) -> None:
-        remote_address = stream.extra(SocketAttribute.remote_address, None)
-        super().__init__(cast("tuple[str, int] | None", remote_address))
+    __slots__ = ("_original", "_owned", "_stream", "_taken")
+
+    def __init__(
+        self, stream: ByteStream, original: object, attributes: Attributes
+    ) -> None:
+        remote_address = attributes.get(SocketAttribute.remote_address, lambda: None)
+        super().__init__(remote_address())
         self._stream = stream
         self._original = original
-        self._owned: _sockets.SocketLike = stream.extra(SocketAttribute.raw_socket)
+        self._owned: _sockets.SocketLike = attributes[SocketAttribute.raw_socket]()
         self._taken: NativeStream | None = None
 
     @property
-    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+    def extra_attributes(self) -> Attributes:
         return self._stream.extra_attributes
 
     @property
@@ -64,28 +69,48 @@ class ForeignStream(EndableStream):
             return len(self._stream.buffer)
         return 0
 
-    async def _receive(self, max_bytes: int) -> bytes:
+    async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
+        if max_bytes < 1 or self._closed or self._receiving:
+            await self._refuse_to_receive(max_bytes)
+        self._receiving = True
         try:
-            return await self._stream.receive(max_bytes)
+            data = await self._stream.receive(max_bytes)
         except EndOfStream:
-            return b""
+            data = b""
         except BrokenResourceError as exc:
+            self._refuse_if_closed()
             raise self._lost(exc.__cause__ or exc) from exc
+        finally:
+            self._receiving = False
+        self._refuse_if_closed()
+        if not data:
+            self._raise_end()
+        return data
 
-    async def _send(self, item: bytes) -> None:
-        view = memoryview(item).cast("B")
-        if not view:
-            await checkpoint()  # AnyIO's stream on Trio has none for an empty send
-        # Until it has returned, nobody can tell how much of it went out.
-        self.mid_send = bool(view)
-        if not isinstance(item, (bytes, bytearray)):
-            item = cast("bytes", view)  # of bytes, which not every stream sees to
+    async def send(self, item: bytes) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
         try:
-            await self._stream.send(item)
-        except BrokenResourceError as exc:
-            raise self._lost(exc.__cause__ or exc) from exc
-        self._refuse_if_closed()  # AnyIO before 4.16 returns from a send that was cut
-        self.mid_send = False
+            if self._closed or self.eof_sent or self.mid_send or self._loss is not None:
+                await checkpoint()
+                self._refuse_to_send()
+            if not isinstance(item, (bytes, bytearray)):
+                # Of bytes, which not every stream sees to.
+                item = cast("bytes", memoryview(item).cast("B"))
+            if not item:
+                await checkpoint()  # AnyIO's stream on Trio has none for an empty send
+            # Until it has returned, nobody can tell how much of it went out.
+            self.mid_send = bool(item)
+            try:
+                await self._stream.send(item)
+            except BrokenResourceError as exc:
+                self._refuse_if_closed()
+                raise self._lost(exc.__cause__ or exc) from exc
+            self._refuse_if_closed()  # AnyIO before 4.16 returns from a send cut short
+            self.mid_send = False
+        finally:
+            self._sending = False
 
     async def _send_eof(self) -> None:
         with self._borrowed() as sock:
@@ -112,32 +137,39 @@ class ForeignStream(EndableStream):
         await self._stream.aclose()
 
     def arm(self) -> None:
-        with _sockets.borrowed(self._owned) as sock:
-            _sockets.arm(sock)
+        if self._owned.fileno() == -1:
+            raise OSError(errno.EBADF, "the stream has closed its socket")
+        _sockets.arm(self._owned)
 
     def reset(self) -> None:
         self._closed = True
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
-            self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=self.eof_sent)
+            self._measure(sock)
             _sockets.reset(sock)
         self._close_stream()
 
     async def send_fin(self, last: bytes = b"") -> None:
         self._closed = True
-        # The stream would answer unread input with an RST when it is closed, so its
-        # socket lives on in a copy, for the drain. With no descriptor to be had for
-        # that (EMFILE) there is no drain.
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
             last = self._finish(sock, last)
-            self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=self.eof_sent)
-            if self._loss is None and (last or self.peer is PeerClose.NONE):
-                self._taken = NativeStream(_sockets.duplicate(sock), None)
-                self._taken.eof_sent = self.eof_sent
-                self._taken.peer = self.peer
-                await self._taken.send_fin(last)
-        self._close_stream()
+            if last or self.busy:  # waiting tasks wake when the stream is closed
+                await self._take_over(sock).send_fin(last)
+            elif self.peer is not PeerClose.NONE:
+                self._measure(sock)
 
     async def drain(self, limits: Drain) -> None:
+        if self._taken is None:
+            if self.peer is not PeerClose.NONE:
+                return
+            try:
+                await checkpoint()  # most peers need no more: see NativeStream.drain()
+            except BaseException:
+                self._discard_once(limits)
+                raise
+            if self._discard_once(limits):
+                return
+            with suppress(OSError), _sockets.borrowed(self._owned) as sock:
+                self._take_over(sock)
         if self._taken is not None:
             try:
                 await self._taken.drain(limits)
@@ -147,10 +179,37 @@ class ForeignStream(EndableStream):
                 self.eof_sent = self._taken.eof_sent
                 self.mid_send = self._taken.mid_send
 
+    def _discard_once(self, limits: Drain) -> bool:
+        with suppress(OSError), _sockets.borrowed(self._owned) as sock:
+            self._measure(sock)
+            return self._discard(sock, limits)
+        return True
+
+    def _take_over(self, sock: socket.socket) -> NativeStream:
+        """Close the stream, but not the connection.
+
+        Closing a stream with unread input is an RST, so for a drain that has to wait
+        the socket lives on in a copy.
+
+        Raises:
+          OSError: EMFILE, no descriptor is to be had for that.
+        """
+        taken = NativeStream(_sockets.duplicate(sock), None)
+        taken.eof_sent = self.eof_sent
+        taken.discarded = self.discarded
+        self._taken = taken
+        self._close_stream()
+        return taken
+
     def close(self) -> None:
         if self._taken is not None:
             self._taken.close()
             self.unacknowledged = self._taken.unacknowledged
+            return
+        if self.unacknowledged is None:
+            with suppress(OSError), _sockets.borrowed(self._owned) as sock:
+                self._measure(sock)
+        self._close_stream()
 
     def release(self) -> object:
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
@@ -230,8 +289,10 @@ def _trio_exceptions_translated() -> Iterator[None]:
         raise anyio.BusyResourceError("using") from None
 
 
-def foreign(stream: object) -> ForeignStream:
-    """*stream*, checked and ready to be armed.
+def foreign(stream: object) -> tuple[ForeignStream, Attributes]:
+    """*stream*, checked and ready to be armed, and its attributes.
+
+    Those it makes anew, with system calls, whenever they are asked for.
 
     Raises:
       TypeError: not a byte stream over TCP; the message says what is missing.
@@ -249,22 +310,26 @@ def foreign(stream: object) -> ForeignStream:
             f"trio.SocketStream), not {type(stream).__qualname__}"
         )
     try:
-        owned = adapted.extra(SocketAttribute.raw_socket, None)
+        attributes = cast("Attributes", adapted.extra_attributes)
     except AttributeError:
         # A closed transport of uvloop shows no socket, and AnyIO asks it all the same.
         raise anyio.ClosedResourceError("the stream is closed already") from None
-    if adapted.extra(TLSAttribute.ssl_object, None) is not None:
+    if TLSAttribute.ssl_object in attributes:
         raise TypeError(
             f"{type(stream).__qualname__} speaks TLS: connection_scope() would end its "
             "TCP connection without a close_notify"
         )
-    if owned is None:
+    if SocketAttribute.raw_socket not in attributes:
         raise TypeError(
             f"{type(stream).__qualname__} is not a TCP connection: it has no "
             "SocketAttribute.raw_socket"
         )
-    _sockets.refuse_unless_tcp(owned, stream)
+    _sockets.refuse_unless_tcp(
+        attributes[SocketAttribute.raw_socket](),
+        stream,
+        connected=SocketAttribute.remote_address in attributes,
+    )
     reason = _sockets.why_not_resettable()
     if reason is not None:
         raise RuntimeError(f"connection_scope() cannot reset this stream: {reason}")
-    return ForeignStream(adapted, stream)
+    return ForeignStream(adapted, stream, attributes), attributes

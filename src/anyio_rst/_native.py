@@ -10,13 +10,18 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from anyio import (
+    BusyResourceError,
     create_task_group,
     move_on_after,
     notify_closing,
     wait_readable,
     wait_writable,
 )
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint,
+    checkpoint_if_cancelled,
+)
 
 from . import _sockets
 from ._peer import PeerClose
@@ -27,68 +32,95 @@ if TYPE_CHECKING:
 
     from ._drain import Drain
 
-# Bytes that the drain discards before it lets other tasks run.
-DISCARDED_PER_TURN = 2**20
+# A receive gives what is under way one turn of the loop to arrive, since waiting for the
+# socket costs several. Where that was in vain, up to so many wait at once before another
+# one tries.
+MOST_WAITS = 15
 
 
 class NativeStream(EndableStream):
     """A complete `anyio.abc.SocketStream` on the non-blocking *sock*, which it owns."""
 
-    __slots__ = ("_ahead", "_last", "_sock")
+    __slots__ = ("_last", "_misses", "_sock", "_waits")
 
     def __init__(
         self, sock: socket.socket, remote_address: tuple[str, int] | None
     ) -> None:
         super().__init__(remote_address)
         self._sock = sock
-        self._ahead = b""  # read by a receive() that was then cancelled: for the next
+        self._misses = 0  # receives in a row that found nothing after one turn
+        self._waits = 0  # receives to come that wait at once
         self._last = b""
 
     @property
     def _raw_socket(self) -> socket.socket:
         return self._sock
 
-    async def _receive(self, max_bytes: int) -> bytes:
-        data = self._read(max(0, max_bytes - len(self._ahead)))
-        if data is not None or self._ahead:
-            # Cancelled in this checkpoint, it has taken nothing.
-            self._ahead += data or b""
-            data = self._ahead
-            await checkpoint()
-            self._ahead = data[max_bytes:]
-            return data[:max_bytes]
-        while data is None:
-            await wait_readable(self._sock)
-            self._refuse_if_closed()
-            data = self._read(max_bytes)
+    async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
+        if max_bytes < 1 or self._closed or self._receiving:
+            await self._refuse_to_receive(max_bytes)
+        self._receiving = True
+        try:
+            data = None
+            if self._waits:
+                self._waits -= 1
+            else:
+                await checkpoint()
+                self._refuse_if_closed()
+                data = self._read(self._sock, max_bytes)
+                self._learn(hit=data is not None)
+            while data is None:
+                await wait_readable(self._sock)
+                self._refuse_if_closed()
+                data = self._read(self._sock, max_bytes)
+        finally:
+            self._receiving = False
+        if not data:
+            self._raise_end()
         return data
 
-    def _read(self, max_bytes: int) -> bytes | None:
-        """What has arrived; nothing at the end or after a loss; None if not yet."""
-        try:
-            return self._sock.recv(max_bytes)
-        except BlockingIOError:
-            return None
-        except OSError as exc:
-            self._lost(exc)
-            return b""
+    def _learn(self, *, hit: bool) -> None:
+        """Of a receive that gave the input one turn to arrive: in vain, or not."""
+        if hit:
+            self._misses = 0
+        else:
+            self._waits = min(2**self._misses, MOST_WAITS) - 1
+            self._misses += 1
 
-    async def _send(self, item: bytes) -> None:
-        view = memoryview(item).cast("B")
-        await checkpoint()
-        while True:
-            self._refuse_if_closed()
-            try:
-                taken = self._sock.send(view)
-            except BlockingIOError:
-                await wait_writable(self._sock)
-            except OSError as exc:
-                raise self._lost(exc) from exc
+    async def send(self, item: bytes) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            if self._closed or self.eof_sent or self.mid_send or self._loss is not None:
+                await checkpoint()
+                self._refuse_to_send()
+            view = memoryview(item).cast("B")
+            # A peer that we wait for has its answer before the checkpoint, not after.
+            at_once = self._misses > 0
+            if at_once:
+                await checkpoint_if_cancelled()
             else:
-                view = view[taken:]
-                self.mid_send = bool(view)
-                if not self.mid_send:
-                    return
+                await checkpoint()
+            self._refuse_if_closed()
+            while view := self._write(view):
+                await wait_writable(self._sock)
+                self._refuse_if_closed()
+            if at_once:
+                await cancel_shielded_checkpoint()
+        finally:
+            self._sending = False
+
+    def _write(self, view: memoryview) -> memoryview:
+        """Send what the kernel takes, and return the rest."""
+        try:
+            rest = view[self._sock.send(view) :]
+        except BlockingIOError:
+            return view
+        except OSError as exc:
+            raise self._lost(exc) from exc
+        self.mid_send = bool(rest)
+        return rest
 
     async def _send_eof(self) -> None:
         loss = _sockets.send_fin(self._sock)
@@ -104,14 +136,13 @@ class NativeStream(EndableStream):
         _sockets.arm(self._sock)
 
     def reset(self) -> None:
-        self._measure()
+        self._measure(self._sock)
         _sockets.reset(self._sock)
         self._close()
 
     async def send_fin(self, last: bytes = b"") -> None:
         self._closed = True
         self._wake()
-        self.discarded = len(self._ahead)
         self._last = self._finish(self._sock, last)
 
     async def drain(self, limits: Drain) -> None:
@@ -135,16 +166,16 @@ class NativeStream(EndableStream):
             # for the waiter of another socket that was closed just now, if this one has
             # got its number.
             await checkpoint()
-            if done := self._discard(limits):
+            if done := self._discard(self._sock, limits):
                 return
             with move_on_after(limits.timeout):
-                while not (done := self._discard(limits)):
+                while not (done := self._discard(self._sock, limits)):
                     await wait_readable(self._sock)
         finally:
             self._receiving = False
             if not done and self._sock.fileno() != -1:
                 # Cut short, it leaves nothing unread that has arrived by now.
-                self._discard(limits, _sockets.unread(self._sock))
+                self._discard(self._sock, limits, _sockets.unread(self._sock))
 
     async def _send_last(self, limits: Drain) -> None:
         """Complete :meth:`send_fin`, and read all the while.
@@ -153,7 +184,7 @@ class NativeStream(EndableStream):
         """
 
         async def read() -> None:
-            while not self._discard(limits):
+            while not self._discard(self._sock, limits):
                 await wait_readable(self._sock)
 
         await checkpoint()
@@ -168,28 +199,9 @@ class NativeStream(EndableStream):
         finally:
             self._receiving = False
 
-    def _discard(self, limits: Drain, most: int = DISCARDED_PER_TURN) -> bool:
-        """Discard what has arrived; True when there is nothing more to wait for."""
-        while most > 0:
-            size = RECEIVE_SIZE
-            if limits.max_bytes is not None:
-                size = min(size, limits.max_bytes - self.discarded)
-                if size <= 0:
-                    return True
-            data = self._read(size)
-            if data is None:
-                return False
-            if not data:
-                if self._loss is None:
-                    self.peer = PeerClose.FIN
-                return True
-            self.discarded += len(data)
-            most -= len(data)
-        return False
-
     def close(self) -> None:
         if self._sock.fileno() != -1:
-            self._measure()
+            self._measure(self._sock)
             self._close()
 
     def release(self) -> NativeStream:
@@ -200,9 +212,6 @@ class NativeStream(EndableStream):
         self._closed = True
         self._wake()
         self._sock.close()
-
-    def _measure(self) -> None:
-        self.unacknowledged = _sockets.unacknowledged(self._sock, fin_sent=self.eof_sent)
 
     def _wake(self) -> None:
         if self.busy and self._sock.fileno() != -1:

@@ -41,6 +41,7 @@ from ._tls import check_tls
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager
     from ipaddress import IPv4Address, IPv6Address
 
     import trio
@@ -460,12 +461,22 @@ async def serve_tcp(
     if task_group is not None:
         await server._serve(task_group, task_status)
         return
-    async with create_task_group() as tasks:
+    async with _open_group() as tasks:
         try:
             await server._serve(tasks, task_status)
         except BaseException:
             server._cut_short()
             raise
+
+
+def _open_group() -> AbstractAsyncContextManager[TaskGroup | trio.Nursery]:
+    """A place for the handlers: on Trio a nursery, in which a task costs half."""
+    loaded_trio = sys.modules.get("trio")
+    if loaded_trio is not None and get_cancelled_exc_class() is loaded_trio.Cancelled:
+        nursery: AbstractAsyncContextManager[trio.Nursery]
+        nursery = loaded_trio.open_nursery(strict_exception_groups=True)
+        return nursery
+    return create_task_group()
 
 
 def _secured(

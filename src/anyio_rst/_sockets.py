@@ -12,13 +12,10 @@ import os
 import socket
 import struct
 import sys
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import suppress
+from typing import Any, Protocol
 
 import anyio
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # The connection is gone because the peer reset it. Linux says ECONNRESET, once; after
 # that, and for a reset that follows the peer's FIN, it says EPIPE (tcp_reset() in
@@ -73,25 +70,36 @@ class SocketLike(Protocol):
     @property
     def proto(self) -> int: ...
     def fileno(self) -> int: ...
+    def getsockopt(self, level: int, optname: int, /) -> int: ...
+    def setsockopt(self, level: int, optname: int, value: bytes, /) -> None: ...
 
 
-@contextmanager
-def borrowed(owned: SocketLike) -> Iterator[socket.socket]:
+class borrowed:
     """A socket object on a descriptor that goes on belonging to *owned*.
 
     What asyncio and uvloop show of their sockets lacks half of the methods.
 
     Raises:
-      OSError: EBADF, when *owned* is closed already.
+      OSError: on entry, EBADF, when *owned* is closed already.
     """
-    descriptor = owned.fileno()
-    if descriptor == -1:
-        raise OSError(errno.EBADF, "the socket is closed")
-    sock = socket.socket(owned.family, owned.type, owned.proto, fileno=descriptor)
-    try:
-        yield sock
-    finally:
-        sock.detach()
+
+    __slots__ = ("_owned", "_sock")
+
+    def __init__(self, owned: SocketLike) -> None:
+        self._owned = owned
+
+    def __enter__(self) -> socket.socket:
+        owned = self._owned
+        descriptor = owned.fileno()
+        if descriptor == -1:
+            raise OSError(errno.EBADF, "the socket is closed")
+        self._sock = socket.socket(
+            owned.family, owned.type, owned.proto, fileno=descriptor
+        )
+        return self._sock
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._sock.detach()
 
 
 def host_and_port(address: tuple[Any, ...]) -> tuple[str, int]:
@@ -115,7 +123,7 @@ def prepare_accepted(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def arm(sock: socket.socket) -> None:
+def arm(sock: SocketLike) -> None:
     """Let whatever closes *sock*, the end of the process included, send an RST.
 
     SO_LINGER {1, 0}: socket(7), and "abortive close" of RFC 9293, 3.10.5.
@@ -123,15 +131,17 @@ def arm(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
 
 
-def disarm(sock: socket.socket) -> None:
+def disarm(sock: SocketLike) -> None:
     """Take :func:`arm` back: closing sends a FIN again."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
 
 
 def duplicate(sock: socket.socket) -> socket.socket:
     """A second, non-blocking socket object for the connection of *sock*."""
-    sock.setblocking(False)  # dup() hands its mode on, to both
-    return sock.dup()
+    # dup() would set the mode of *sock*, which it does not know, for both.
+    copy = socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
+    copy.setblocking(False)
+    return copy
 
 
 def send_fin(sock: socket.socket) -> OSError | None:
@@ -257,7 +267,7 @@ def _anyio_version() -> tuple[int, ...]:
     return int(major), int(minor)
 
 
-def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:
+def refuse_unless_tcp(owned: SocketLike, stream: object, *, connected: bool) -> None:
     """Check that *owned*, found under *stream*, is a connected TCP socket.
 
     Raises:
@@ -275,8 +285,11 @@ def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:
         kind = getattr(owned.type, "name", owned.type)
         raise TypeError(f"{name} is not a TCP connection: its socket is {kind}")
     try:
-        with borrowed(owned) as sock:
-            listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if owned.fileno() == -1:
+            raise OSError(errno.EBADF, "the socket is closed")
+        listening = not connected and owned.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        )
     except OSError:
         raise anyio.ClosedResourceError(
             f"the {name} is closed already, by its owner or because it broke"

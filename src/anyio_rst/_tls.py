@@ -10,13 +10,14 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
-from anyio import BrokenResourceError, CancelScope, EndOfStream
+from anyio import BrokenResourceError, CancelScope, ClosedResourceError, EndOfStream
 from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from ._foreign import ForeignStream, TrioStream, foreign
+from ._stream import RECEIVE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ class SecureStream(ForeignStream):
     def __init__(
         self, stream: ByteStream, original: object, tls: TLSStream, under: EndableStream
     ) -> None:
-        super().__init__(stream, original)
+        super().__init__(stream, original, stream.extra_attributes)
         self.remote_address = under.remote_address
         self._tls = tls
         self._under = under
@@ -108,15 +109,15 @@ class SecureTrioStream(SecureStream):
     def __init__(
         self, stream: TrioStream, trio_tls: TrioTLS, under: EndableStream
     ) -> None:
-        ForeignStream.__init__(self, stream, trio_tls)
+        ForeignStream.__init__(self, stream, trio_tls, stream.extra_attributes)
         self._trio_tls = trio_tls
         self._under = under
         self._reading: CancelScope | None = None
 
-    async def _receive(self, max_bytes: int) -> bytes:
+    async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
         with CancelScope() as self._reading:
-            return await super()._receive(max_bytes)
-        return b""  # interrupted by _close_notify()
+            return await super().receive(max_bytes)
+        raise ClosedResourceError  # interrupted by _close_notify()
 
     async def _close_notify(self) -> bytes:
         paper = _Paper()
@@ -134,8 +135,8 @@ class SecureTrioStream(SecureStream):
         return paper.written
 
 
-def adopt(stream: object) -> ForeignStream:
-    """*stream*, checked, with what it takes to end it.
+def adopt(stream: object) -> tuple[ForeignStream, Mapping[Any, Callable[[], Any]]]:
+    """*stream*, checked, with what it takes to end it, and its attributes.
 
     Raises:
       TypeError, anyio.ClosedResourceError, RuntimeError: see :func:`foreign`.
@@ -144,13 +145,15 @@ def adopt(stream: object) -> ForeignStream:
     while isinstance(tls, BufferedByteReceiveStream):
         tls = tls.receive_stream
     if isinstance(tls, TLSStream) and isinstance(stream, ByteStream):
-        return SecureStream(stream, stream, tls, foreign(tls.transport_stream))
+        under, attributes = foreign(tls.transport_stream)
+        return SecureStream(stream, stream, tls, under), attributes
     loaded_trio = sys.modules.get("trio")  # whoever has a stream of it has imported it
     if loaded_trio is not None and isinstance(stream, loaded_trio.SSLStream):
         trio_tls = cast("TrioTLS", stream)
         below = trio_tls.transport_stream
-        under = foreign(below)
-        return SecureTrioStream(TrioStream(trio_tls, below), trio_tls, under)
+        under, attributes = foreign(below)
+        secure = SecureTrioStream(TrioStream(trio_tls, below), trio_tls, under)
+        return secure, attributes
     return foreign(stream)
 
 
