@@ -31,7 +31,7 @@ from anyio import (
 from anyio.abc import SocketAttribute
 
 from . import _sockets
-from ._connection import Connection, cut_short, run
+from ._connection import Connection, conclude, conclude_failed, cut_short
 from ._drain import DEFAULT_DRAIN, Drain, check_drain, check_seconds
 from ._ending import Cause, CloseKind, all_leaves, check_finish_on
 from ._native import NativeStream
@@ -268,7 +268,13 @@ class Server:
 
     async def _handle(self, connection: Connection) -> None:
         try:
-            await run(connection, self._handler)
+            # As in run(), which would be one more coroutine for each connection.
+            try:
+                result = await self._handler(connection)
+            except BaseException as exc:
+                await conclude_failed(connection, exc)
+                raise
+            await conclude(connection, result)
         except BaseException as exc:
             remaining = self._settle(connection, exc)
             if remaining is exc:
