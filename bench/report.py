@@ -134,7 +134,7 @@ def tables(results: Results) -> str:
     machine = f"{about['processor']}, {about['cores']} cores, {about['system']}"
     parts = [
         f"{about['date']}, {about['run']} run: {chart.versions(results)}; {machine}.",
-        f"Reset and memory are those of {about['open']} connections.",
+        f"Reset: {about['reset']} connections; memory: with {about['memory']} open.",
         endings(results),
     ]
     if found := pairs(results, "anyio_rst", "anyio"):

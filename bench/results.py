@@ -53,8 +53,13 @@ def window(size: int) -> Workload:
     return Workload(title, cost, "echo", f"window {{}} {size}", "fin", 2000, 400)
 
 
+def pingpong(title: str, connections: int) -> Workload:
+    cost, load = "µs CPU per round trip", f"pingpong {connections} {{}}"
+    return Workload(title, cost, "echo", load, "fin", 10_000, 2000)
+
+
 def until_reset(title: str, cost: str) -> Workload:
-    return Workload(title, cost, "echo", "reset {}", "rst", 10_000, 1000)
+    return Workload(title, cost, "echo", "reset {}", "rst", 5000, 500)
 
 
 CHURN_FIN, CHURN_RST = "churn-fin", "churn-rst"
@@ -64,19 +69,13 @@ IN_TURN = {
     CHURN_FIN: churn("message and FIN", "fin", "fin", "fin"),
     CHURN_RST: churn("message and RST", "rst", "rst", "rst"),
     "churn-eof": churn("message, FIN by the client", "echo", "eof", "fin"),
-    "pingpong": Workload(
-        title="messages there and back",
-        cost="µs CPU per round trip",
-        serves="echo",
-        load="pingpong 32 {}",
-        ending="fin",
-        amount=10_000,
-        quick=2000,
-    ),
+    "pingpong-1": pingpong("messages, 1 connection", 1),
+    "pingpong-100": pingpong("messages, 100 connections", 100),
     "echo": stream("echo of a stream", "echo", "echo"),
     "download": stream("download", "download", "download"),
 }
-# A new process for each measurement, which gives both.
+# A new process for each measurement, which gives both: the memory with as many open, the
+# reset of twice as many.
 RESET, MEMORY = "reset", "memory"
 UNTIL_RESET = {
     RESET: until_reset("reset of all", "ms until the last client has seen it"),
