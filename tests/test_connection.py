@@ -184,8 +184,25 @@ async def expect_closed(operation: Any) -> None:
         await operation
 
 
-async def test_every_operation_lets_other_tasks_run(kind: str) -> None:
+ROUNDS_OF_WAITING = 4
+
+
+async def keep_waiting(peer: Peer) -> None:
+    for _ in range(ROUNDS_OF_WAITING):
+        await anyio.wait_all_tasks_blocked()
+        await peer.send(b"w")
+
+
+async def be_kept_waiting(conn: Connection) -> None:
+    for _ in range(ROUNDS_OF_WAITING):
+        assert await conn.receive() == b"w"
+
+
+async def check_that_operations_let_others_run(kind: str, *, waiting: bool) -> None:
     async def handler(conn: Connection) -> None:
+        if waiting:
+            await be_kept_waiting(conn)
+        await ready.wait()
         await assert_lets_others_run(conn.receive(1))
         await assert_lets_others_run(conn.send(b"x"))
         await assert_lets_others_run(conn.send(b""))
@@ -197,15 +214,30 @@ async def test_every_operation_lets_other_tasks_run(kind: str) -> None:
         await assert_lets_others_run(expect_closed(conn.send(b"")))
         await assert_lets_others_run(expect_closed(conn.send_eof()))
 
+    ready = anyio.Event()
     async with serve(kind, handler) as service:
         with service.connect() as peer:
+            if waiting:
+                await keep_waiting(peer)
             await peer.send(b"abc")
+            ready.set()
             peer.send_eof()
             value_of(await service.ending())
 
 
-async def test_every_operation_notices_cancellation_and_does_nothing(kind: str) -> None:
+async def test_every_operation_lets_other_tasks_run(kind: str) -> None:
+    await check_that_operations_let_others_run(kind, waiting=False)
+
+
+async def test_every_operation_lets_other_tasks_run_after_others_had_to_wait() -> None:
+    # A native connection then sends, and looks for input, in another order.
+    await check_that_operations_let_others_run("native", waiting=True)
+
+
+async def check_that_operations_notice_cancellation(kind: str, *, waiting: bool) -> None:
     async def handler(conn: Connection) -> None:
+        if waiting:
+            await be_kept_waiting(conn)
         await ready.wait()
         operations = [lambda: conn.receive(1), lambda: conn.send(b""), conn.send_eof]
         if kind == "native":  # another stream does not tell that nothing was sent
@@ -220,10 +252,20 @@ async def test_every_operation_notices_cancellation_and_does_nothing(kind: str) 
     ready = anyio.Event()
     async with serve(kind, handler) as service:
         with service.connect() as peer:
+            if waiting:
+                await keep_waiting(peer)
             await peer.send(b"abc")
             ready.set()
             assert await peer.read_to_end() == Seen(b"abc", PeerClose.FIN)
         value_of(await service.ending())
+
+
+async def test_every_operation_notices_cancellation_and_does_nothing(kind: str) -> None:
+    await check_that_operations_notice_cancellation(kind, waiting=False)
+
+
+async def test_every_operation_notices_cancellation_after_others_had_to_wait() -> None:
+    await check_that_operations_notice_cancellation("native", waiting=True)
 
 
 async def test_attributes_are_those_of_the_stream(kind: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import socket
 import ssl
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -18,6 +22,7 @@ import anyio.to_thread
 import pytest
 import trio
 import trustme
+from anyio.abc import SocketAttribute
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
@@ -323,6 +328,71 @@ async def test_send_cut_short_resets(wrapping: str, version: ssl.TLSVersion) -> 
             _, end = await peer.read_to_end()
     assert end == ["RST"]
     assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.TORN_SEND)
+
+
+def fill(raw: Any) -> int:
+    """Close the window of the connection, and fill the send buffer behind it.
+
+    Returns:
+      How many bytes that took.
+    """
+    # What asyncio and uvloop show of their sockets cannot send.
+    with socket.socket(fileno=os.dup(raw.fileno())) as sock:
+        # Set by hand, it does not grow by itself: tcp(7), tcp_wmem.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+        filled = 0
+        in_flight = True  # something that makes room again when it arrives
+        while True:
+            try:
+                filled += sock.send(bytes(2**16), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not in_flight:
+                    return filled
+                unsent = _queued(sock, SIOCOUTQNSD)
+                in_flight = _queued(sock, termios.TIOCOUTQ) != unsent
+
+
+def _queued(sock: socket.socket, request: int) -> int:
+    queued: int = struct.unpack("i", fcntl.ioctl(sock, request, bytes(4)))[0]
+    return queued
+
+
+SIOCOUTQNSD = 0x894B  # not sent yet: linux/sockios.h
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["peer reads", "peer never reads"])
+async def test_close_notify_that_finds_no_room_is_sent_in_the_drain_or_never(
+    wrapping: str, version: ssl.TLSVersion, reads: bool
+) -> None:
+    filled, returned = 0, 0.0
+    full = anyio.Event()
+
+    async def handler(conn: Connection) -> None:
+        nonlocal filled, returned
+        filled = fill(conn.extra(SocketAttribute.raw_socket))
+        returned = anyio.current_time()
+        full.set()
+
+    drain = Drain(LONG if reads else 0.25)
+    async with serve_tls(wrapping, handler, drain=drain) as service:
+        async with SecurePeer(service.port, version, buffer=4096) as peer:
+            raw = peer.without_tls()
+            await full.wait()
+            if reads:
+                seen = await raw.read_to_end()
+                # Behind what is no TLS, an alert: RFC 8446, 5.1 and 6.
+                assert len(seen.data) > filled
+                assert seen.close is PeerClose.FIN
+                raw.send_eof()
+                ending = await service.ending()
+            else:
+                ending = await service.ending()
+                assert anyio.current_time() - returned < 2 * drain.timeout
+                assert (await raw.read_to_end()).close is PeerClose.RST
+    if reads:
+        assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
+    else:
+        assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.TORN_SEND)
 
 
 # The peer's end.

@@ -64,6 +64,8 @@ class NativeStream(EndableStream):
             data = None
             if self._waits:
                 self._waits -= 1
+                await checkpoint_if_cancelled()  # uvloop may see the input first
+                self._refuse_if_closed()
             else:
                 await checkpoint()
                 self._refuse_if_closed()

@@ -248,8 +248,9 @@ def why_not_resettable() -> str | None:
     Where a connection cannot be dissolved under an asyncio transport, the RST depends
     on how the transport is closed, and some send a FIN first.
     """
-    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
-    if RESETS_UNDER_A_TRANSPORT or not on_asyncio:
+    if RESETS_UNDER_A_TRANSPORT:
+        return None
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
         return None
     proactor = getattr(asyncio, "ProactorEventLoop", None)
     if proactor is not None and isinstance(asyncio.get_running_loop(), proactor):
