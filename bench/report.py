@@ -1,6 +1,7 @@
 """The tables of the results, and what they are written to.
 
-`python bench/report.py` writes docs/benchmark.* anew from bench/results.json.
+`python bench/report.py` writes docs/benchmark.* and the table of the README anew from
+bench/results.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 DOCS = HERE.parent / "docs"
 PAGE, CHART = DOCS / "benchmark.md", DOCS / "benchmark.svg"
+README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
 
 COMPARED = IN_TURN | UNTIL_RESET
@@ -148,11 +150,40 @@ def tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def write(results: Results) -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
+def summary(results: Results) -> str:
+    """What AnyIO's own listener costs, compared with `serve_tcp`."""
+    loops = CONTENDERS["anyio"].loops
+
+    def cell(name: str, loop: str) -> str:
+        found = results.ratio(name, ("anyio", loop), ("anyio_rst", loop))
+        return "" if found is None else f"{found.median:.2f}"
+
+    body = [
+        [workload.title, *(cell(name, loop) for loop in loops)]
+        for name, workload in COMPARED.items()
+    ]
+    return table(["AnyIO's listener / `serve_tcp`", *loops], body)
+
+
+def filled(page: str, content: str) -> str:
+    """*page* with *content* between its marks."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n\n{END}{after}")
-    CHART.write_text(chart.draw(results))
+    return f"{before}{BEGIN}\n{content}\n\n{END}{after}"
+
+
+def written(results: Results) -> dict[Path, str]:
+    """Every file that shows results, as it should be."""
+    return {
+        PAGE: filled(PAGE.read_text(), tables(results)),
+        README: filled(README.read_text(), summary(results)),
+        CHART: chart.draw(results),
+    }
+
+
+def write(results: Results) -> None:
+    for path, content in written(results).items():
+        path.write_text(content)
 
 
 if __name__ == "__main__":

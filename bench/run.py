@@ -271,7 +271,7 @@ def about(*, quick: bool) -> dict[str, str]:
         "run": "quick" if quick else "full",
         "memory": f"{memory:,}",
         "reset": f"{2 * memory:,}",
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "processor": processor(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),

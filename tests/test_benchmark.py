@@ -1,0 +1,63 @@
+"""The benchmark: what it counts, and that the pages show what it found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))
+
+import report  # noqa: E402
+from results import Measurement, Results, load  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return load(report.RESULTS)
+
+
+def test_pages_and_chart_show_the_results(results: Results) -> None:
+    for path, content in report.written(results).items():
+        assert path.read_text() == content, path
+
+
+def test_results_are_those_of_a_full_run_in_which_no_ending_was_wrong(
+    results: Results,
+) -> None:
+    assert results.about["run"] == "full"
+    ours = [m for m in results.measurements if m.contender in ("anyio_rst", "scope")]
+    assert ours
+    assert all(m.is_right for m in ours)
+
+
+def test_ratio_is_the_median_of_what_was_measured_side_by_side() -> None:
+    costs = {"anyio": [30.0, 20.0, 90.0], "anyio_rst": [10.0, 10.0, 10.0]}
+    measurements = [
+        Measurement("churn-fin", contender, "trio", turn, cost)
+        for contender, found in costs.items()
+        for turn, cost in enumerate(found)
+    ]
+    ratio = Results({}, measurements).ratio(
+        "churn-fin", ("anyio", "trio"), ("anyio_rst", "trio")
+    )
+    assert ratio is not None
+    assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 9.0)
+
+
+@pytest.mark.parametrize("workload", ["churn-fin", "churn-rst"])
+def test_wrong_ending_is_no_right_measurement(workload: str) -> None:
+    assert Measurement(workload, "anyio", "trio", 0, 1.0, fin=5, rst=5).is_right is False
+    right = {"churn-fin": {"fin": 5}, "churn-rst": {"rst": 5}}[workload]
+    assert Measurement(workload, "anyio", "trio", 0, 1.0, **right).is_right
+    assert not Measurement(workload, "anyio", "trio", 0, 1.0, **right, wrong=1).is_right
+
+
+def test_unknown_workload_is_refused() -> None:
+    run = [sys.executable, str(BENCH / "run.py"), "--only", "speed"]
+    found = subprocess.run(run, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "invalid choice: 'speed'" in found.stderr
