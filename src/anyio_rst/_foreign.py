@@ -152,8 +152,12 @@ class ForeignStream(EndableStream):
         self._closed = True
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
             last = self._finish(sock, last)
-            if last or self.busy:  # waiting tasks wake when the stream is closed
+            if last:
+                # The stream stays open: closed, AnyIO's before 4.16 sends the FIN.
                 await self._take_over(sock).send_fin(last)
+            elif self.busy:
+                self._take_over(sock)
+                self._close_stream()  # which wakes the tasks that wait in it
             elif self.peer is not PeerClose.NONE:
                 self._measure(sock)
 
@@ -170,6 +174,7 @@ class ForeignStream(EndableStream):
                 return
             with suppress(OSError), _sockets.borrowed(self._owned) as sock:
                 self._take_over(sock)
+                self._close_stream()
         if self._taken is not None:
             try:
                 await self._taken.drain(limits)
@@ -186,10 +191,9 @@ class ForeignStream(EndableStream):
         return True
 
     def _take_over(self, sock: socket.socket) -> NativeStream:
-        """Close the stream, but not the connection.
+        """Let the socket live on in a copy, for a drain that has to wait.
 
-        Closing a stream with unread input is an RST, so for a drain that has to wait
-        the socket lives on in a copy.
+        The stream would answer unread input with an RST when it is closed.
 
         Raises:
           OSError: EMFILE, no descriptor is to be had for that.
@@ -198,15 +202,13 @@ class ForeignStream(EndableStream):
         taken.eof_sent = self.eof_sent
         taken.discarded = self.discarded
         self._taken = taken
-        self._close_stream()
         return taken
 
     def close(self) -> None:
         if self._taken is not None:
             self._taken.close()
             self.unacknowledged = self._taken.unacknowledged
-            return
-        if self.unacknowledged is None:
+        elif self.unacknowledged is None:
             with suppress(OSError), _sockets.borrowed(self._owned) as sock:
                 self._measure(sock)
         self._close_stream()
