@@ -168,7 +168,7 @@ class ForeignStream(EndableStream):
             try:
                 await checkpoint()  # most peers need no more: see NativeStream.drain()
             except BaseException:
-                self._discard_once(limits)
+                self._discard_once(limits, cut_short=True)
                 raise
             if self._discard_once(limits):
                 return
@@ -184,9 +184,11 @@ class ForeignStream(EndableStream):
                 self.eof_sent = self._taken.eof_sent
                 self.mid_send = self._taken.mid_send
 
-    def _discard_once(self, limits: Drain) -> bool:
+    def _discard_once(self, limits: Drain, *, cut_short: bool = False) -> bool:
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
             self._measure(sock)
+            if cut_short:
+                return self._discard(sock, limits, _sockets.unread(sock))
             return self._discard(sock, limits)
         return True
 

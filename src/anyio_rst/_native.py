@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from ._drain import Drain
 
 # A receive gives what is under way one turn of the loop to arrive, since waiting for the
-# socket costs several. Where that was in vain, up to so many wait at once before another
-# one tries.
-MOST_WAITS = 15
+# socket costs several. After 1, 2, 3 ... in a row that did so in vain, 0, 1, 3 ... others
+# wait at once before the next one tries: 15 at the most.
+MOST_MISSES = 5
 
 
 class NativeStream(EndableStream):
@@ -86,8 +86,8 @@ class NativeStream(EndableStream):
         if hit:
             self._misses = 0
         else:
-            self._waits = min(2**self._misses, MOST_WAITS) - 1
-            self._misses += 1
+            self._misses = min(self._misses + 1, MOST_MISSES)
+            self._waits = 2 ** (self._misses - 1) - 1
 
     async def send(self, item: bytes) -> None:
         if self._sending:
