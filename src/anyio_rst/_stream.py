@@ -51,7 +51,7 @@ class EndableStream(SocketStream):
     )
 
     def __init__(self, remote_address: tuple[str, int] | None) -> None:
-        self.remote_address = remote_address
+        self.remote_address: tuple[str, int] | None = remote_address
         self.peer: PeerClose = PeerClose.NONE
         self.mid_send: bool = False  # some bytes of a send went out, others did not
         self.eof_sent: bool = False

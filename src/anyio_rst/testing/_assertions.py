@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from typing import TYPE_CHECKING
 
 from anyio_rst._peer import PeerClose
@@ -34,8 +33,10 @@ async def assert_fin(
     if data is not None:
         expected += f" after {described(data)}"
         if data != seen.data:
-            same = len(os.path.commonprefix([data, seen.data]))
-            difference = f"; different from byte {same:,} on"
+            pairs = enumerate(zip(data, seen.data, strict=False))
+            shorter = min(len(data), len(seen.data))
+            first = next((i for i, (a, b) in pairs if a != b), shorter)
+            difference = f"; different from offset {first:,} on"
     raise AssertionError(f"expected {expected}; got {_told(seen, timeout)}{difference}")
 
 

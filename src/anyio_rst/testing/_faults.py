@@ -34,6 +34,7 @@ class Faults:
         self._short_sends = 0
         self._short_size = 0
         self._until_reset: int | None = None
+        self._taken = False
         self._sock: socket.socket | None = None
         self._peer: Peer | None = None
 
@@ -64,18 +65,25 @@ class Faults:
         self._until_reset = size
         self._reset_if_due()
 
-    def attach(self, sock: socket.socket, peer: Peer) -> socket.socket:
-        """*sock*, with these faults.
+    def take(self) -> None:
+        """They are for one connection.
 
         Raises:
-          RuntimeError: they are those of another connection.
+          RuntimeError: they are those of another one.
         """
-        if self._sock is not None:
+        if self._taken:
             raise RuntimeError("these faults are those of another connection")
+        self._taken = True
+
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """*sock*, with these faults."""
         self._sock = _FaultySocket(sock, self._send)
+        return self._sock
+
+    def start(self, peer: Peer) -> None:
+        """*peer* is the one that resets, at once if that is due."""
         self._peer = peer
         self._reset_if_due()
-        return self._sock
 
     def _send(self, send: Callable[[memoryview], int], view: memoryview) -> int:
         most = len(view)

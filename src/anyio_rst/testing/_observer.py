@@ -186,7 +186,8 @@ class Peer:
                         try:
                             close = self._receive(size)
                         except BlockingIOError:
-                            await wait_readable(self.socket)
+                            with suppress(ClosedResourceError):  # told above, if so
+                                await wait_readable(self.socket)
                         else:
                             if close is not None:
                                 return close

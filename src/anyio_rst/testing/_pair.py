@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from anyio import create_task_group
 from anyio.lowlevel import checkpoint
@@ -108,12 +108,18 @@ def open_peer(
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[Connection, Peer]]:
+        if faults is not None:
+            faults.take()
         sock, peers = _loopback(small_buffers=small_buffers)
         peer = Peer(peers)
-        connection = _connection(sock if faults is None else faults.attach(sock, peer), drain)
+        if faults is not None:
+            sock = faults.wrap(sock)
+        connection = _connection(sock, drain)
         try:
             try:
                 await checkpoint()  # as in open_pair()
+                if faults is not None:
+                    faults.start(peer)
                 yield connection, peer
             except BaseException as exc:
                 await conclude_failed(connection, exc)
@@ -137,16 +143,16 @@ def _is_detached(connection: Connection) -> bool:
     return ending is not None and ending.kind is CloseKind.DETACHED
 
 
-def _connection(
-    sock: socket.socket, drain: Drain | None, address: tuple[Any, ...] | None = None
-) -> Connection:
+def _connection(sock: socket.socket, drain: Drain | None) -> Connection:
     """As `serve_tcp` makes them."""
-    remote = _sockets.host_and_port(address or sock.getpeername())
-    return Connection(NativeStream(sock, remote), finish_on=(), drain=drain)
+    sock.setblocking(False)
+    _sockets.prepare_accepted(sock)
+    address = _sockets.host_and_port(sock.getpeername())
+    return Connection(NativeStream(sock, address), finish_on=(), drain=drain)
 
 
 def _loopback(*, small_buffers: bool = False) -> tuple[socket.socket, socket.socket]:
-    """Both ends of a connection, ready for :func:`_connection`."""
+    """Both ends of a connection."""
     sock = socket.socket()
     try:
         with socket.create_server((LOOPBACK, 0)) as listener:
@@ -160,7 +166,4 @@ def _loopback(*, small_buffers: bool = False) -> tuple[socket.socket, socket.soc
         raise
     if small_buffers:
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALLEST_BUFFER)
-    for end in (accepted, sock):
-        end.setblocking(False)
-        _sockets.prepare_accepted(end)
     return accepted, sock
