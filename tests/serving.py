@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import anyio.to_thread
 import outcome
 import trio
@@ -70,12 +71,12 @@ class Peer:
         """Exactly *size* bytes."""
 
         def read() -> bytes:
-            data = b""
+            data = bytearray()
             while len(data) < size:
                 chunk = self.sock.recv(size - len(data))
                 assert chunk, f"FIN after {data!r}"
                 data += chunk
-            return data
+            return bytes(data)
 
         return await anyio.to_thread.run_sync(read)
 
@@ -213,6 +214,14 @@ async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Se
             tg.cancel_scope.cancel()
     finally:
         service.close()
+
+
+async def settled() -> None:
+    """Until every other task waits."""
+    for _ in range(10):
+        # On asyncio AnyIO looks once, and then every 100 ms.
+        await anyio.lowlevel.checkpoint()
+    await anyio.wait_all_tasks_blocked()
 
 
 async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:

@@ -12,11 +12,16 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
-from anyio import BrokenResourceError, BusyResourceError, EndOfStream
+from anyio import (
+    BrokenResourceError,
+    BusyResourceError,
+    ClosedResourceError,
+    EndOfStream,
+)
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from anyio.streams.buffered import BufferedByteReceiveStream
-from anyio.streams.tls import TLSAttribute
+from anyio.streams.tls import TLSAttribute, TLSStream
 
 from . import _sockets
 from ._native import NativeStream
@@ -43,7 +48,7 @@ SUSPENSIONS = 10
 class ForeignStream(EndableStream):
     """The I/O of the byte stream *stream*, and the ending of the socket under it."""
 
-    __slots__ = ("_original", "_owned", "_stream", "_taken")
+    __slots__ = ("_keeps_input", "_original", "_owned", "_stream", "_taken")
 
     def __init__(
         self, stream: ByteStream, original: object, attributes: Attributes
@@ -54,6 +59,8 @@ class ForeignStream(EndableStream):
         self._original = original
         self._owned: _sockets.SocketLike = attributes[SocketAttribute.raw_socket]()
         self._taken: NativeStream | None = None
+        # A receive may find its data in there, without a checkpoint.
+        self._keeps_input = isinstance(stream, (BufferedByteReceiveStream, TLSStream))
 
     @property
     def extra_attributes(self) -> Attributes:
@@ -74,15 +81,22 @@ class ForeignStream(EndableStream):
             await self._refuse_to_receive(max_bytes)
         self._receiving = True
         try:
-            data = await self._stream.receive(max_bytes)
-        except EndOfStream:
-            data = b""
-        except BrokenResourceError as exc:
+            if self._keeps_input:
+                await checkpoint()
+                self._refuse_if_closed()
+            try:
+                data = await self._stream.receive(max_bytes)
+            except EndOfStream:
+                data = b""
+            except BrokenResourceError as exc:
+                self._refuse_if_closed()
+                raise self._lost(exc.__cause__ or exc) from exc
             self._refuse_if_closed()
-            raise self._lost(exc.__cause__ or exc) from exc
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
         finally:
             self._receiving = False
-        self._refuse_if_closed()
         if not data:
             self._raise_end()
         return data
@@ -109,6 +123,9 @@ class ForeignStream(EndableStream):
                 raise self._lost(exc.__cause__ or exc) from exc
             self._refuse_if_closed()  # AnyIO before 4.16 returns from a send cut short
             self.mid_send = False
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
         finally:
             self._sending = False
 

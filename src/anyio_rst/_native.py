@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from anyio import (
     BusyResourceError,
+    ClosedResourceError,
     create_task_group,
     move_on_after,
     notify_closing,
@@ -75,6 +76,9 @@ class NativeStream(EndableStream):
                 await wait_readable(self._sock)
                 self._refuse_if_closed()
                 data = self._read(self._sock, max_bytes)
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
         finally:
             self._receiving = False
         if not data:
@@ -110,6 +114,9 @@ class NativeStream(EndableStream):
                 self._refuse_if_closed()
             if at_once:
                 await cancel_shielded_checkpoint()
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
         finally:
             self._sending = False
 
