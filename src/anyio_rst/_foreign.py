@@ -19,7 +19,11 @@ from anyio import (
     EndOfStream,
 )
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
-from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+from anyio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint,
+    checkpoint_if_cancelled,
+)
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
@@ -48,7 +52,14 @@ SUSPENSIONS = 10
 class ForeignStream(EndableStream):
     """The I/O of the byte stream *stream*, and the ending of the socket under it."""
 
-    __slots__ = ("_keeps_input", "_original", "_owned", "_stream", "_taken")
+    __slots__ = (
+        "_cut_short",
+        "_keeps_input",
+        "_original",
+        "_owned",
+        "_stream",
+        "_taken",
+    )
 
     def __init__(
         self, stream: ByteStream, original: object, attributes: Attributes
@@ -59,6 +70,7 @@ class ForeignStream(EndableStream):
         self._original = original
         self._owned: _sockets.SocketLike = attributes[SocketAttribute.raw_socket]()
         self._taken: NativeStream | None = None
+        self._cut_short = False
         # A receive may find its data in there, without a checkpoint.
         self._keeps_input = isinstance(stream, (BufferedByteReceiveStream, TLSStream))
 
@@ -135,7 +147,14 @@ class ForeignStream(EndableStream):
         if loss is not None:
             raise self._lost(loss) from loss
         await self._stream.send_eof()
-        # uvloop has only made a note of it then.
+        with self._borrowed() as sock:
+            self.eof_sent = _sockets.fin_is_out(sock)
+        if self.eof_sent:
+            return
+        # uvloop does it in its next turn. If it were done here before that, uvloop's own
+        # would fail once the peer has finished, too, and the unread input be lost.
+        await cancel_shielded_checkpoint()
+        self._refuse_if_closed()
         with self._borrowed() as sock:
             loss = _sockets.send_fin(sock)
         self.eof_sent = True
@@ -187,7 +206,7 @@ class ForeignStream(EndableStream):
             except BaseException:
                 self._discard_once(limits, cut_short=True)
                 raise
-            if self._discard_once(limits):
+            if self._cut_short or self._discard_once(limits):
                 return
             with suppress(OSError), _sockets.borrowed(self._owned) as sock:
                 self._take_over(sock)
@@ -220,10 +239,13 @@ class ForeignStream(EndableStream):
         taken = NativeStream(_sockets.duplicate(sock), None)
         taken.eof_sent = self.eof_sent
         taken.discarded = self.discarded
+        taken.peer = self.peer
+        taken._loss = self._loss
         self._taken = taken
         return taken
 
     def close(self) -> None:
+        self._cut_short = True  # for a drain that is still waiting for its turn
         if self._taken is not None:
             self._taken.close()
             self.unacknowledged = self._taken.unacknowledged

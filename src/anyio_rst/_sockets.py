@@ -212,6 +212,14 @@ if sys.platform == "linux":
         waiting: int = struct.unpack("i", ioctl(sock.fileno(), FIONREAD, b"\0" * 4))[0]
         return waiting
 
+    def fin_is_out(sock: socket.socket) -> bool:
+        """Whether our side has finished, or the connection is gone.
+
+        tcpi_state of tcp(7).
+        """
+        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state not in (1, 8)  # TCP_ESTABLISHED, TCP_CLOSE_WAIT
+
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged; None if it can't tell.
 
@@ -234,6 +242,10 @@ else:
     def unread(sock: socket.socket) -> int:
         """Not known here: as much as a receive buffer may hold."""
         return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+    def fin_is_out(sock: socket.socket) -> bool:
+        """Not known here."""
+        return False
 
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged: not known here."""
