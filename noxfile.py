@@ -62,6 +62,18 @@ def debug(session: nox.Session) -> None:
 
 
 @nox.session
+def model(session: nox.Session) -> None:
+    """Hold many thousands of random scripts of both sides to the model of the rules."""
+    session.install("-e", ".", *group("test"))
+    session.run(
+        "pytest",
+        "tests/test_model.py",
+        *session.posargs,
+        env={"MODEL_PROFILE": "nightly"},
+    )
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install(*group("lint"))
