@@ -53,7 +53,6 @@ class ForeignStream(EndableStream):
     """The I/O of the byte stream *stream*, and the ending of the socket under it."""
 
     __slots__ = (
-        "_cut_short",
         "_keeps_input",
         "_original",
         "_owned",
@@ -70,7 +69,6 @@ class ForeignStream(EndableStream):
         self._original = original
         self._owned: _sockets.SocketLike = attributes[SocketAttribute.raw_socket]()
         self._taken: NativeStream | None = None
-        self._cut_short = False
         # A receive may find its data in there, without a checkpoint.
         self._keeps_input = isinstance(stream, (BufferedByteReceiveStream, TLSStream))
 
@@ -188,29 +186,16 @@ class ForeignStream(EndableStream):
         self._closed = True
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
             last = self._finish(sock, last)
-            if last:
-                # The stream stays open: closed, AnyIO's before 4.16 sends the FIN.
-                await self._take_over(sock).send_fin(last)
-            elif self.busy:
-                self._take_over(sock)
-                self._close_stream()  # which wakes the tasks that wait in it
-            elif self.peer is not PeerClose.NONE:
-                self._measure(sock)
+            self._measure(sock)
+            if self._loss is None and (last or self.peer is PeerClose.NONE):
+                taken = self._take_over(sock)
+                if last:
+                    # The stream stays open: closed, AnyIO's before 4.16 sends the FIN.
+                    await taken.send_fin(last)
+                    return
+        self._close_stream()
 
     async def drain(self, limits: Drain) -> None:
-        if self._taken is None:
-            if self.peer is not PeerClose.NONE:
-                return
-            try:
-                await checkpoint()  # most peers need no more: see NativeStream.drain()
-            except BaseException:
-                self._discard_once(limits, cut_short=True)
-                raise
-            if self._cut_short or self._discard_once(limits):
-                return
-            with suppress(OSError), _sockets.borrowed(self._owned) as sock:
-                self._take_over(sock)
-                self._close_stream()
         if self._taken is not None:
             try:
                 await self._taken.drain(limits)
@@ -220,38 +205,26 @@ class ForeignStream(EndableStream):
                 self.eof_sent = self._taken.eof_sent
                 self.mid_send = self._taken.mid_send
 
-    def _discard_once(self, limits: Drain, *, cut_short: bool = False) -> bool:
-        with suppress(OSError), _sockets.borrowed(self._owned) as sock:
-            self._measure(sock)
-            if cut_short:
-                return self._discard(sock, limits, _sockets.unread(sock))
-            return self._discard(sock, limits)
-        return True
-
     def _take_over(self, sock: socket.socket) -> NativeStream:
-        """Let the socket live on in a copy, for a drain that has to wait.
+        """Let the socket live on in a copy, for the drain.
 
-        The stream would answer unread input with an RST when it is closed.
+        The stream would answer unread input with an RST when it is closed, and one that
+        stays open may go on reading by itself, as uvloop's do.
 
         Raises:
-          OSError: EMFILE, no descriptor is to be had for that.
+          OSError: EMFILE, no descriptor is to be had for that; there is no drain then.
         """
         taken = NativeStream(_sockets.duplicate(sock), None)
         taken.eof_sent = self.eof_sent
-        taken.discarded = self.discarded
         taken.peer = self.peer
         taken._loss = self._loss
         self._taken = taken
         return taken
 
     def close(self) -> None:
-        self._cut_short = True  # for a drain that is still waiting for its turn
         if self._taken is not None:
             self._taken.close()
             self.unacknowledged = self._taken.unacknowledged
-        elif self.unacknowledged is None:
-            with suppress(OSError), _sockets.borrowed(self._owned) as sock:
-                self._measure(sock)
         self._close_stream()
 
     def release(self) -> object:
