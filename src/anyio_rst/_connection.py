@@ -167,8 +167,7 @@ class Connection(SocketStream):
           anyio.BusyResourceError: another task is sending.
         """
         if not self._life.is_open:
-            await checkpoint()
-            raise ClosedResourceError
+            await _refuse()
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
@@ -255,8 +254,7 @@ class Connection(SocketStream):
         if isinstance(self._stream, SecureStream):
             raise RuntimeError("TLS has been started on this connection")
         if not self._life.is_open:
-            await checkpoint()
-            raise ClosedResourceError
+            await _refuse()
         if self._stream.busy:
             raise BusyResourceError("using")
         try:

@@ -225,7 +225,8 @@ class ForeignStream(EndableStream):
         if self._taken is not None:
             self._taken.close()
             self.unacknowledged = self._taken.unacknowledged
-        self._close_stream()
+        if self._owned.fileno() != -1:  # left open for the last words
+            self._close_stream()
 
     def release(self) -> object:
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:

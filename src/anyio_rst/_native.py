@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 # wait at once before the next one tries: 15 at the most.
 MOST_MISSES = 5
 
+# Bytes that the drain discards before it lets other tasks run.
+DISCARDED_PER_TURN = 2**20
+
 
 class NativeStream(EndableStream):
     """A complete `anyio.abc.SocketStream` on the non-blocking *sock*, which it owns."""
@@ -70,12 +73,12 @@ class NativeStream(EndableStream):
             else:
                 await checkpoint()
                 self._refuse_if_closed()
-                data = self._read(self._sock, max_bytes)
+                data = self._read(max_bytes)
                 self._learn(hit=data is not None)
             while data is None:
                 await wait_readable(self._sock)
                 self._refuse_if_closed()
-                data = self._read(self._sock, max_bytes)
+                data = self._read(max_bytes)
         except ClosedResourceError:
             await checkpoint_if_cancelled()  # which may be why it was closed
             raise
@@ -175,16 +178,16 @@ class NativeStream(EndableStream):
             # for the waiter of another socket that was closed just now, if this one has
             # got its number.
             await checkpoint()
-            if done := self._discard(self._sock, limits):
+            if done := self._discard(limits):
                 return
             with move_on_after(limits.timeout):
-                while not (done := self._discard(self._sock, limits)):
+                while not (done := self._discard(limits)):
                     await wait_readable(self._sock)
         finally:
             self._receiving = False
             if not done and self._sock.fileno() != -1:
                 # Cut short, it leaves nothing unread that has arrived by now.
-                self._discard(self._sock, limits, _sockets.unread(self._sock))
+                self._discard(limits, _sockets.unread(self._sock))
 
     async def _send_last(self, limits: Drain) -> None:
         """Complete :meth:`send_fin`, and read all the while.
@@ -193,7 +196,7 @@ class NativeStream(EndableStream):
         """
 
         async def read() -> None:
-            while not self._discard(self._sock, limits):
+            while not self._discard(limits):
                 await wait_readable(self._sock)
 
         await checkpoint()
@@ -207,6 +210,35 @@ class NativeStream(EndableStream):
                 tg.cancel_scope.cancel()
         finally:
             self._receiving = False
+
+    def _discard(self, limits: Drain, most: int = DISCARDED_PER_TURN) -> bool:
+        """Discard what has arrived; True when there is nothing more to wait for."""
+        while most > 0:
+            size = RECEIVE_SIZE
+            if limits.max_bytes is not None:
+                size = min(size, limits.max_bytes - self.discarded)
+                if size == 0:
+                    return True
+            data = self._read(size)
+            if data is None:
+                return False
+            if not data:
+                if self._loss is None:
+                    self.peer = PeerClose.FIN
+                return True
+            self.discarded += len(data)
+            most -= len(data)
+        return False
+
+    def _read(self, max_bytes: int) -> bytes | None:
+        """What has arrived; nothing at the end or after a loss; None if not yet."""
+        try:
+            return self._sock.recv(max_bytes)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            self._lost(exc)
+            return b""
 
     def close(self) -> None:
         if self._sock.fileno() != -1:

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 # One read at the most: what AnyIO and Trio take.
 RECEIVE_SIZE = 65536
 
-# Bytes that the drain discards before it lets other tasks run.
-DISCARDED_PER_TURN = 2**20
-
 
 class EndableStream(SocketStream):
     """A TCP byte stream that remembers what matters for its ending.
@@ -148,37 +145,6 @@ class EndableStream(SocketStream):
             self.eof_sent = True
         _sockets.disarm(sock)
         return b""
-
-    def _discard(
-        self, sock: socket.socket, limits: Drain, most: int = DISCARDED_PER_TURN
-    ) -> bool:
-        """Discard what has arrived; True when there is nothing more to wait for."""
-        while most > 0:
-            size = RECEIVE_SIZE
-            if limits.max_bytes is not None:
-                size = min(size, limits.max_bytes - self.discarded)
-                if size == 0:
-                    return True
-            data = self._read(sock, size)
-            if data is None:
-                return False
-            if not data:
-                if self._loss is None:
-                    self.peer = PeerClose.FIN
-                return True
-            self.discarded += len(data)
-            most -= len(data)
-        return False
-
-    def _read(self, sock: socket.socket, max_bytes: int) -> bytes | None:
-        """What has arrived; nothing at the end or after a loss; None if not yet."""
-        try:
-            return sock.recv(max_bytes)
-        except BlockingIOError:
-            return None
-        except OSError as exc:
-            self._lost(exc)
-            return b""
 
     def _measure(self, sock: socket.socket) -> None:
         self.unacknowledged = _sockets.unacknowledged(sock, fin_sent=self.eof_sent)
