@@ -124,7 +124,7 @@ def flatness(results: Results) -> str:
 def endings(results: Results) -> str:
     total = sum(m.fin + m.rst + m.other for m in results.measurements)
     seen = f"The clients saw {total:,} connections end"
-    wrong = [m for m in results.measurements if not m.is_right]
+    wrong = results.wrong()
     if not wrong:
         return f"{seen}, every one as it should, and no wrong byte."
     lines = [f"- {title(m.row)}, {m.workload}: {m.endings}" for m in wrong]
