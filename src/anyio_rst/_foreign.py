@@ -53,6 +53,7 @@ class ForeignStream(EndableStream):
     """The I/O of the byte stream *stream*, and the ending of the socket under it."""
 
     __slots__ = (
+        "_is_over",
         "_keeps_input",
         "_original",
         "_owned",
@@ -69,6 +70,7 @@ class ForeignStream(EndableStream):
         self._original = original
         self._owned: _sockets.SocketLike = attributes[SocketAttribute.raw_socket]()
         self._taken: NativeStream | None = None
+        self._is_over = False
         # A receive may find its data in there, without a checkpoint.
         self._keeps_input = isinstance(stream, (BufferedByteReceiveStream, TLSStream))
 
@@ -185,8 +187,14 @@ class ForeignStream(EndableStream):
     async def send_fin(self, last: bytes = b"") -> None:
         self._closed = True
         with suppress(OSError), _sockets.borrowed(self._owned) as sock:
+            if self.eof_sent and self.peer is PeerClose.NONE and not self._receiving:
+                # By the peer's FIN, or by a reset that a transport has noticed already:
+                # the stream stays open to be asked which.
+                self._is_over = _sockets.is_over(sock)
             last = self._finish(sock, last)
             self._measure(sock)
+            if self._is_over:
+                return
             if self._loss is None and (last or self.peer is PeerClose.NONE):
                 taken = self._take_over(sock)
                 if last:
@@ -204,6 +212,22 @@ class ForeignStream(EndableStream):
                 self.discarded = self._taken.discarded
                 self.eof_sent = self._taken.eof_sent
                 self.mid_send = self._taken.mid_send
+        elif self._is_over:
+            await self._drain_stream(limits)
+
+    async def _drain_stream(self, limits: Drain) -> None:
+        """The drain, by the stream itself: what is to come of it is there already."""
+        most = limits.max_bytes
+        while most is None or self.discarded < most:
+            size = RECEIVE_SIZE if most is None else most - self.discarded
+            try:
+                self.discarded += len(await self._stream.receive(size))
+            except EndOfStream:
+                self.peer = PeerClose.FIN
+                return
+            except BrokenResourceError as exc:
+                self._lost(exc.__cause__ or exc)
+                return
 
     def _take_over(self, sock: socket.socket) -> NativeStream:
         """Let the socket live on in a copy, for the drain.
@@ -225,7 +249,7 @@ class ForeignStream(EndableStream):
         if self._taken is not None:
             self._taken.close()
             self.unacknowledged = self._taken.unacknowledged
-        if self._owned.fileno() != -1:  # left open for the last words
+        if self._owned.fileno() != -1:  # left open for the last words, or for the drain
             self._close_stream()
 
     def release(self) -> object:

@@ -213,12 +213,17 @@ if sys.platform == "linux":
         return waiting
 
     def fin_is_out(sock: socket.socket) -> bool:
-        """Whether our side has finished, or the connection is gone.
+        """Whether our side has finished, or the connection is gone."""
+        return _state(sock) not in (1, 8)  # TCP_ESTABLISHED, TCP_CLOSE_WAIT
 
-        tcpi_state of tcp(7).
-        """
-        state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        return state not in (1, 8)  # TCP_ESTABLISHED, TCP_CLOSE_WAIT
+    def is_over(sock: socket.socket) -> bool:
+        """Whether both sides have finished, or the connection is gone."""
+        return _state(sock) == 7  # TCP_CLOSE
+
+    def _state(sock: socket.socket) -> int:
+        """tcpi_state of tcp(7), a number of linux/tcp_states.h."""
+        state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state
 
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged; None if it can't tell.
@@ -244,6 +249,10 @@ else:
         return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
     def fin_is_out(sock: socket.socket) -> bool:
+        """Not known here."""
+        return False
+
+    def is_over(sock: socket.socket) -> bool:
         """Not known here."""
         return False
 
