@@ -528,13 +528,14 @@ class OurSide:
 
     async def lingering_child(self) -> None:
         try:
-            await anyio.sleep_forever()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self.over.wait()
         except BaseException as exc:
             self.record("group failed", exc)
             raise
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self.over.wait()
 
     async def beside(self, op: Work) -> None:
         with suppress(*ORDINARY):
