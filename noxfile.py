@@ -74,6 +74,15 @@ def model(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation: docs/_build/html."""
+    session.install(".[trio]", *group("docs"))
+    # `nox -s docs -- linkcheck` asks the network whether the links to others are good.
+    for name in session.posargs or ["html"]:
+        session.run("sphinx-build", "-nW", "-b", name, "docs", f"docs/_build/{name}")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install(*group("lint"))

@@ -31,14 +31,14 @@ class CloseKind(enum.Enum):
     """What ended the connection."""
 
     FIN = "FIN"
-    """Our FIN: the peer was told *that was all*."""
+    """Our FIN, which told the peer *that was all*."""
 
     RST = "RST"
-    """A reset: ours or, where `cause` alone would have earned a FIN, one that came
+    """A reset, ours or, where `cause` alone would have earned a FIN, one that came
     before the FIN could be sent, as a rule the peer's."""
 
     DETACHED = "DETACHED"
-    """Nothing: the stream was handed back, open."""
+    """Nothing. The stream was handed back, open."""
 
 
 class Cause(enum.Enum):

@@ -13,7 +13,7 @@ class PeerClose(enum.Enum):
     """How the peer ended its side of the connection, as far as it was seen."""
 
     FIN = "FIN"
-    """Its FIN was read: it has nothing more to send."""
+    """Its FIN was read. It has nothing more to send."""
 
     RST = "RST"
     """It reset the connection."""

@@ -41,7 +41,8 @@ class Faults:
     def shorten_sends(self, count: int, size: int) -> None:
         """Let each of the next *count* send() calls take *size* bytes at most.
 
-        Those are system calls: a :meth:`Connection.send` makes as many as it needs.
+        Those are system calls: a :meth:`~anyio_rst.Connection.send` makes as many as it
+        needs.
 
         Raises:
           ValueError: *count* is negative, or *size* less than 1.

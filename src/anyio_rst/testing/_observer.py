@@ -47,7 +47,7 @@ class Seen:
     """What came since the peer last read."""
 
     close: PeerClose
-    """What ended it: a FIN, an RST, or neither in time (`NONE`)."""
+    """What ended it, a FIN or an RST; `NONE` if neither came in time."""
 
     elapsed: float = field(default=0.0, compare=False)
     """Seconds that the reading took."""

@@ -44,7 +44,7 @@ def open_pair(
     exception leaves it, both are reset, and it goes on unchanged.
 
     Args:
-      drain: see :func:`connection_scope`.
+      drain: see :func:`~anyio_rst.connection_scope`.
 
     Raises:
       TypeError: *drain* is of the wrong type.
@@ -94,7 +94,7 @@ def open_peer(
     closes. What it has seen can be asked for after the block.
 
     Args:
-      drain: see :func:`connection_scope`.
+      drain: see :func:`~anyio_rst.connection_scope`.
       faults: what shall go wrong.
       small_buffers: the smallest that the kernel allows, on both sides. As long as the
         peer does not read, its window closes, and a send waits, after about 5 KB on
