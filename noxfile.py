@@ -61,16 +61,21 @@ def debug(session: nox.Session) -> None:
     run_tests(session, PYTHONDEVMODE="1", PYTHONASYNCIODEBUG="1")
 
 
+def explore(session: nox.Session, file: str) -> None:
+    session.install("-e", ".", *group("test"))
+    session.run("pytest", file, *session.posargs, env={"MODEL_PROFILE": "nightly"})
+
+
 @nox.session
 def model(session: nox.Session) -> None:
     """Hold many thousands of random scripts of both sides to the model of the rules."""
-    session.install("-e", ".", *group("test"))
-    session.run(
-        "pytest",
-        "tests/test_model.py",
-        *session.posargs,
-        env={"MODEL_PROFILE": "nightly"},
-    )
+    explore(session, "tests/test_model.py")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Send about a hundred thousand fuzzed inputs to all that reads input."""
+    explore(session, "tests/test_fuzz.py")
 
 
 @nox.session
