@@ -167,5 +167,5 @@ def test_the_examples_do_what_they_say(pytester: pytest.Pytester) -> None:
     result = run(pytester, *ANYIO)
     outcomes = result.parseoutcomes()
     # The last is skipped where there is no CAP_NET_RAW.
-    assert outcomes.pop("passed") + outcomes.pop("skipped", 0) == 15
+    assert outcomes.pop("passed") + outcomes.pop("skipped", 0) == 21
     assert not outcomes

@@ -8,9 +8,10 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import FrozenInstanceError
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -160,6 +161,104 @@ async def test_drain_limits_are_those_given() -> None:
         open_pair(drain=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError):
         open_peer(drain=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
+async def test_host_is_the_address_of_both_ends(host: str) -> None:
+    async with open_pair(host=host) as pair:
+        with capturing(port_of(pair[0])) as capture:
+            await pair[1].send(b"ping")
+            assert await pair[0].receive() == b"ping"
+    assert [s.length for s in capture.segments if s.length] == [4]
+    assert pair[1].extra(SocketAttribute.remote_address)[0] == host
+    faults = Faults()
+    faults.shorten_sends(1, 2)
+    async with open_peer(host=host, faults=faults, small_buffers=True) as (conn, peer):
+        assert peer.socket.getpeername()[0] == host
+        await conn.send(b"ping")
+    await assert_fin(peer, b"ping")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "", "192.0.2.1", "0.0.0.0", "::", b"\x7f\0\0\1", 2130706433, None],
+)
+@pytest.mark.parametrize("opened", [open_pair, open_peer])
+def test_host_that_is_no_loopback_address_is_refused(
+    opened: Callable[..., object], host: Any
+) -> None:
+    told = re.escape(f"as 127.0.0.1 or ::1, not {host!r}")
+    with pytest.raises(ValueError, match=told):
+        opened(host=host)
+
+
+class Stop(Exception):
+    pass
+
+
+async def test_exception_of_finish_on_finishes_both_ends_of_a_pair() -> None:
+    start = anyio.current_time()
+    stop = Stop()
+    with ExitStack() as after:
+        with pytest.raises(Stop) as raised:
+            async with open_pair(finish_on=(Stop, KeyError)) as pair:
+                capture = after.enter_context(capturing(port_of(pair[1])))
+                await pair[0].send(b"never read")
+                await pair[1].send(b"nor this")
+                raise stop
+    assert raised.value is stop
+    assert {s.direction for s in capture.having(TCPFlag.FIN)} == set(Direction)
+    assert not capture.having(TCPFlag.RST)
+    # Had one waited for the FIN of the other, which had yet to end, that were 5 s.
+    assert anyio.current_time() - start < 4
+    for connection, discarded in zip(pair, (8, 10), strict=True):
+        ending = ending_of(connection)
+        assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.FINISH_ON)
+        assert ending.peer is PeerClose.FIN
+        assert ending.discarded == discarded
+
+
+@pytest.mark.parametrize("opened", [open_pair, open_peer])
+async def test_exception_that_is_not_in_finish_on_resets(opened: Any) -> None:
+    with pytest.raises(Failure):
+        async with opened(finish_on=Stop) as (connection, other):
+            raise Failure
+    assert ending_of(connection).cause is Cause.RAISED
+    if isinstance(other, Peer):
+        await assert_rst(other)
+    else:
+        assert ending_of(other).cause is Cause.RAISED
+    with pytest.raises(TypeError, match="finish_on takes exception types"):
+        opened(finish_on=5)
+
+
+async def test_exception_of_finish_on_is_fin_to_the_peer() -> None:
+    start = anyio.current_time()
+    stop = Stop()
+    with pytest.raises(Stop) as raised:
+        async with open_peer(finish_on=Stop) as (connection, peer):
+            await peer.send(b"never read")
+            await connection.send(ANSWER)
+            raise stop
+    assert raised.value is stop
+    await assert_fin(peer, ANSWER)
+    # Had the peer not read to the end meanwhile, that were 5 s.
+    assert anyio.current_time() - start < 4
+    ending = ending_of(connection)
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.FINISH_ON)
+    assert (ending.peer, ending.discarded) == (PeerClose.FIN, 10)
+
+
+async def test_exception_of_finish_on_behind_a_torn_send_resets() -> None:
+    with pytest.raises(Stop):
+        async with open_peer(finish_on=Stop, small_buffers=True) as (connection, peer):
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(connection.send, ANSWER)
+                await wait_all_tasks_blocked()
+                tg.cancel_scope.cancel()
+            raise Stop
+    await assert_rst(peer)
+    assert ending_of(connection).cause is Cause.TORN_SEND
 
 
 async def test_one_after_the_other_on_the_same_descriptors() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, cast
 
 from anyio import create_task_group
@@ -12,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from anyio_rst import _sockets
 from anyio_rst._connection import Connection, conclude, conclude_failed
 from anyio_rst._drain import DEFAULT_DRAIN, Drain, check_drain
-from anyio_rst._ending import CloseKind
+from anyio_rst._ending import Cause, CloseKind, cause_of_exit, check_finish_on
 from anyio_rst._native import NativeStream
 
 from ._observer import Peer
@@ -20,6 +21,8 @@ from ._observer import Peer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
+
+    from anyio_rst._ending import FinishOn
 
     from ._faults import Faults
 
@@ -30,7 +33,10 @@ SMALLEST_BUFFER = 1
 
 
 def open_pair(
-    *, drain: Drain | None = DEFAULT_DRAIN
+    *,
+    host: str = LOOPBACK,
+    finish_on: FinishOn = (),
+    drain: Drain | None = DEFAULT_DRAIN,
 ) -> AbstractAsyncContextManager[tuple[Connection, Connection], None]:
     """Two connections, joined over TCP on loopback, each in a scope of its own.
 
@@ -44,24 +50,34 @@ def open_pair(
     exception leaves it, both are reset, and it goes on unchanged.
 
     Args:
-      drain: see :func:`~anyio_rst.connection_scope`.
+      host: a loopback address, IPv4 or IPv6 ("::1").
+      finish_on, drain: see :func:`~anyio_rst.connection_scope`.
 
     Raises:
-      TypeError: *drain* is of the wrong type.
+      TypeError: *finish_on* or *drain* is of the wrong type.
+      ValueError: *host* is not a loopback address.
+      OSError: on entry, this machine does not have that address.
     """
+    _check_host(host)
+    types = check_finish_on(finish_on)
     check_drain(drain)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[Connection, Connection]]:
-        one, other = (_connection(sock, drain) for sock in _loopback())
+        one, other = (_connection(sock, types, drain) for sock in _loopback(host))
         try:
             # On asyncio, AnyIO forgets a waiter by its descriptor: those of sockets
             # closed just now, whose numbers these have, have to be gone.
             await checkpoint()
             yield one, other
         except BaseException as exc:
-            await conclude_failed(one, exc)
-            await conclude_failed(other, exc)
+            if cause_of_exit(exc, types) is Cause.FINISH_ON:
+                async with create_task_group() as tg:
+                    tg.start_soon(conclude_failed, one, exc)
+                    tg.start_soon(conclude_failed, other, exc)
+            else:
+                await conclude_failed(one, exc)
+                await conclude_failed(other, exc)
             raise
         async with create_task_group() as tg:
             tg.start_soon(conclude, one, None)
@@ -75,6 +91,8 @@ def open_pair(
 
 def open_peer(
     *,
+    host: str = LOOPBACK,
+    finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
     faults: Faults | None = None,
     small_buffers: bool = False,
@@ -94,27 +112,32 @@ def open_peer(
     closes. What it has seen can be asked for after the block.
 
     Args:
-      drain: see :func:`~anyio_rst.connection_scope`.
+      host: a loopback address, IPv4 or IPv6 ("::1").
+      finish_on, drain: see :func:`~anyio_rst.connection_scope`.
       faults: what shall go wrong.
       small_buffers: the smallest that the kernel allows, on both sides. As long as the
         peer does not read, its window closes, and a send waits, after about 5 KB on
         Linux.
 
     Raises:
-      TypeError: *drain* is of the wrong type.
-      RuntimeError: *faults* are those of another connection.
+      TypeError: *finish_on* or *drain* is of the wrong type.
+      ValueError: *host* is not a loopback address.
+      OSError: on entry, this machine does not have that address.
+      RuntimeError: on entry, *faults* are those of another connection.
     """
+    _check_host(host)
+    types = check_finish_on(finish_on)
     check_drain(drain)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[Connection, Peer]]:
         if faults is not None:
             faults.take()
-        sock, peers = _loopback(small_buffers=small_buffers)
+        sock, peers = _loopback(host, small_buffers=small_buffers)
         peer = Peer(peers)
         if faults is not None:
             sock = faults.wrap(sock)
-        connection = _connection(sock, drain)
+        connection = _connection(sock, types, drain)
         try:
             try:
                 await checkpoint()  # as in open_pair()
@@ -122,12 +145,16 @@ def open_peer(
                     faults.start(peer)
                 yield connection, peer
             except BaseException as exc:
-                await conclude_failed(connection, exc)
+                if cause_of_exit(exc, types) is Cause.FINISH_ON:
+                    async with create_task_group() as tg:
+                        tg.start_soon(conclude_failed, connection, exc)
+                        await _leave(peer, connection)
+                else:
+                    await conclude_failed(connection, exc)
                 raise
             async with create_task_group() as tg:
                 tg.start_soon(conclude, connection, None)
-                if not _is_detached(connection):
-                    await peer.leave()
+                await _leave(peer, connection)
         finally:
             if _is_detached(connection):
                 peer.close()
@@ -138,24 +165,48 @@ def open_peer(
     return cast("AbstractAsyncContextManager[tuple[Connection, Peer], None]", opened())
 
 
+async def _leave(peer: Peer, connection: Connection) -> None:
+    if not _is_detached(connection):
+        await peer.leave()
+
+
 def _is_detached(connection: Connection) -> bool:
     ending = connection.ending
     return ending is not None and ending.kind is CloseKind.DETACHED
 
 
-def _connection(sock: socket.socket, drain: Drain | None) -> Connection:
+def _check_host(host: str) -> None:
+    given: object = host  # ip_address() would take more than a string
+    is_loopback = False
+    if isinstance(given, str):
+        with suppress(ValueError):
+            is_loopback = ip_address(given).is_loopback
+    if not is_loopback:
+        raise ValueError(
+            f"host must be a loopback address, as 127.0.0.1 or ::1, not {host!r}"
+        )
+
+
+def _connection(
+    sock: socket.socket,
+    finish_on: tuple[type[BaseException], ...],
+    drain: Drain | None,
+) -> Connection:
     """As `serve_tcp` makes them."""
     sock.setblocking(False)
     _sockets.prepare_accepted(sock)
     address = _sockets.host_and_port(sock.getpeername())
-    return Connection(NativeStream(sock, address), finish_on=(), drain=drain)
+    return Connection(NativeStream(sock, address), finish_on=finish_on, drain=drain)
 
 
-def _loopback(*, small_buffers: bool = False) -> tuple[socket.socket, socket.socket]:
+def _loopback(
+    host: str, *, small_buffers: bool = False
+) -> tuple[socket.socket, socket.socket]:
     """Both ends of a connection."""
-    sock = socket.socket()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
     try:
-        with socket.create_server((LOOPBACK, 0)) as listener:
+        with socket.create_server((host, 0), family=family) as listener:
             if small_buffers:  # before connect(), which agrees on the window's scale
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALLEST_BUFFER)
             # A connection to a listening socket needs nobody to accept it.
