@@ -10,7 +10,15 @@ import anyio.abc
 import pytest
 from conftest import ASYNCIO
 
-from anyio_rst import Cause, CloseKind, Connection, PeerClose, _sockets, connection_scope
+from anyio_rst import (
+    Cause,
+    CloseKind,
+    Connection,
+    PeerClose,
+    _sockets,
+    connect_tcp,
+    connection_scope,
+)
 
 from serving import Seen, foreign_pair, serve
 
@@ -77,6 +85,21 @@ async def test_stream_that_could_not_be_reset_is_refused_and_untouched(
                 async with connection_scope(stream):
                     raise Failure
             assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+
+
+@pytest.mark.usefixtures("no_dissolving")
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_connection_that_could_not_be_reset_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_sockets, "_anyio_version", lambda: (4, 15))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        with pytest.raises(RuntimeError, match="sends a FIN before it closes"):
+            async with connect_tcp("127.0.0.1", listener.getsockname()[1]):
+                pytest.fail("it could be entered")
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 @pytest.mark.usefixtures("no_dissolving")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 
+from . import _sockets
 from ._drain import DEFAULT_DRAIN, Drain, check_drain
 from ._ending import check_finish_on
 from ._scope import connection_scope
@@ -59,7 +60,8 @@ def connect_tcp(
         was reset.
       TypeError, ValueError: *finish_on* or *drain* is of the wrong type, or
         *ssl_context* is, or is for a server.
-      RuntimeError: this platform cannot reset a stream of this AnyIO.
+      RuntimeError: this platform cannot reset a stream of this AnyIO. No connection was
+        made.
     """
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
@@ -70,6 +72,9 @@ def connect_tcp(
 
     @asynccontextmanager
     async def connected() -> AsyncIterator[Connection]:
+        reason = _sockets.why_not_resettable()
+        if reason is not None:
+            raise RuntimeError(f"connect_tcp() could not reset a connection: {reason}")
         stream = await anyio.connect_tcp(
             host, port, local_host=local_host, happy_eyeballs_delay=happy_eyeballs_delay
         )
