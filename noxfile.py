@@ -88,6 +88,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def ladders(session: nox.Session) -> None:
+    """Capture how connections end, and draw it: docs/ladders/. As root."""
+    session.install("-e", ".", *group("test"))
+    session.run("python", "docs/ladders.py")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install(*group("lint"))
