@@ -44,6 +44,8 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "anyio_rst"
+html_static_path = ["_static"]
+html_css_files = ["theme.css"]
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
