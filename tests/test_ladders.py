@@ -25,3 +25,10 @@ async def test_ladder_shows_what_passes(name: str) -> None:
     except (CaptureUnavailable, PermissionError) as exc:
         pytest.skip(f"needs CAP_NET_RAW and CAP_NET_ADMIN: {exc}")
     assert drawn == (ladders.DIRECTORY / f"{name}.svg").read_text()
+
+
+def test_every_ladder_is_one_of_the_scenes_and_in_the_text() -> None:
+    names = {f"{name}.svg" for name in ladders.SCENES}
+    assert {path.name for path in ladders.DIRECTORY.iterdir()} == names
+    text = (DOCS / "explanation.md").read_text()
+    assert {name for name in names if f"](ladders/{name})" in text} == names

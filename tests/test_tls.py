@@ -234,6 +234,26 @@ async def test_any_other_end_is_an_rst_without_close_notify(
             assert ending.kind is CloseKind.RST
 
 
+async def test_default_client_of_an_old_python_takes_a_reset_for_an_end() -> None:
+    """As docs/explanation.md has it: suppress_ragged_eofs suppresses that, too."""
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"half")
+        raise Failure
+
+    def read(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=LONG) as sock:
+            with client_context().wrap_socket(sock, server_hostname="localhost") as tls:
+                return b"".join(iter(partial(tls.recv, 100), b""))
+
+    async with serve_tls("served", handler) as service:
+        if sys.version_info < (3, 13):
+            assert await anyio.to_thread.run_sync(read, service.port) == b"half"
+        else:
+            with pytest.raises(ConnectionResetError):
+                await anyio.to_thread.run_sync(read, service.port)
+
+
 async def test_whole_answer_reaches_a_client_that_is_still_uploading(
     wrapping: str, version: ssl.TLSVersion
 ) -> None:
