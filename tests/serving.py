@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 import struct
+import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ from anyio_rst import (
 
 # For what must happen in a test that passes: only a failure ever waits this long.
 LONG = 20.0
+
+SIOCOUTQNSD = 0x894B  # not sent yet: linux/sockios.h
 
 Handler = Callable[[Connection], Awaitable[object]]
 
@@ -222,6 +227,41 @@ async def settled() -> None:
         # On asyncio AnyIO looks once, and then every 100 ms.
         await anyio.lowlevel.checkpoint()
     await anyio.wait_all_tasks_blocked()
+
+
+def queued(descriptor: int, request: int) -> int:
+    """What is in a socket's buffers: TIOCINQ, TIOCOUTQ of tcp(7)."""
+    size: int = struct.unpack("i", fcntl.ioctl(descriptor, request, b"\0" * 4))[0]
+    return size
+
+
+async def arrived(peer: Peer) -> None:
+    """Wait until all that *peer* has sent is at the other side: acknowledged."""
+    with anyio.fail_after(LONG):
+        while queued(peer.sock.fileno(), termios.TIOCOUTQ):
+            await anyio.sleep(0.001)
+
+
+def fill_buffers(raw: Any) -> int:
+    """Close the window of the connection, and fill the send buffer behind it.
+
+    Returns:
+      How many bytes that took.
+    """
+    # What asyncio and uvloop show of their sockets cannot send.
+    with socket.socket(fileno=os.dup(raw.fileno())) as sock:
+        # Set by hand, it does not grow by itself: tcp(7), tcp_wmem.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+        filled = 0
+        in_flight = True  # something that makes room again when it arrives
+        while True:
+            try:
+                filled += sock.send(bytes(2**16), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if not in_flight:
+                    return filled
+                unsent = queued(sock.fileno(), SIOCOUTQNSD)
+                in_flight = queued(sock.fileno(), termios.TIOCOUTQ) != unsent
 
 
 async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:

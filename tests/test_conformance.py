@@ -31,13 +31,13 @@ from anyio import (
 from anyio.abc import SocketAttribute
 from anyio.streams.file import FileStreamAttribute
 from test_connection import assert_lets_others_run
-from test_tls import CLEAN, SecurePeer, fill, serve_tls
+from test_tls import CLEAN, SecurePeer, serve_tls
 
 from anyio_rst import CloseKind, Connection, Drain, PeerClose
 from anyio_rst._native import NativeStream
 from anyio_rst._sockets import prepare_accepted
 
-from serving import LONG, Handler, Peer, Seen, Service, serve, settled
+from serving import LONG, Handler, Peer, Seen, Service, fill_buffers, serve, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -551,7 +551,7 @@ def on_trio(sock: socket.socket) -> TrioConnection:
 
 async def clogged_pair() -> tuple[TrioConnection, TrioConnection]:
     pair = await native_pair()
-    while sum(fill(one._sock) for one in pair):
+    while sum(fill_buffers(one._sock) for one in pair):
         pass  # each may have made room for the other
     return pair
 

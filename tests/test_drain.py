@@ -5,13 +5,11 @@ Judged by a plain socket; the `Ending` is then held against what that socket saw
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import random
 import resource
 import socket
-import struct
 import subprocess
 import termios
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from anyio.abc import SocketAttribute
 
 from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose
 
-from serving import LONG, Peer, Seen, error_of, serve, value_of
+from serving import LONG, Peer, Seen, arrived, error_of, queued, serve, value_of
 
 # For a drain that has to end before any limit. Service.ending() gives up after LONG.
 ENDLESS = 10 * LONG
@@ -76,19 +74,6 @@ def assert_whole(seen: Seen, data: bytes) -> None:
     assert (len(seen.data), seen.close) == (len(data), PeerClose.FIN)
     # Not the data: it would take pytest minutes to find where they differ.
     assert hashlib.sha256(seen.data).digest() == hashlib.sha256(data).digest()
-
-
-def queued(descriptor: int, request: int) -> int:
-    """What is in a socket's buffers: TIOCINQ, TIOCOUTQ of tcp(7)."""
-    size: int = struct.unpack("i", fcntl.ioctl(descriptor, request, b"\0" * 4))[0]
-    return size
-
-
-async def arrived(peer: Peer) -> None:
-    """Wait until all that *peer* has sent is at the other side: acknowledged."""
-    with anyio.fail_after(LONG):
-        while queued(peer.sock.fileno(), termios.TIOCOUTQ):
-            await anyio.sleep(0.001)
 
 
 def fill(peer: Peer, data: bytes) -> int:

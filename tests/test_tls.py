@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import socket
 import ssl
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -38,7 +34,17 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from serving import LONG, Handler, Peer, Seen, Service, foreign_pair, serve, value_of
+from serving import (
+    LONG,
+    Handler,
+    Peer,
+    Seen,
+    Service,
+    fill_buffers,
+    foreign_pair,
+    serve,
+    value_of,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -351,35 +357,6 @@ async def test_send_cut_short_resets(wrapping: str, version: ssl.TLSVersion) -> 
     assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.TORN_SEND)
 
 
-def fill(raw: Any) -> int:
-    """Close the window of the connection, and fill the send buffer behind it.
-
-    Returns:
-      How many bytes that took.
-    """
-    # What asyncio and uvloop show of their sockets cannot send.
-    with socket.socket(fileno=os.dup(raw.fileno())) as sock:
-        # Set by hand, it does not grow by itself: tcp(7), tcp_wmem.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
-        filled = 0
-        in_flight = True  # something that makes room again when it arrives
-        while True:
-            try:
-                filled += sock.send(bytes(2**16), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                if not in_flight:
-                    return filled
-                unsent = _queued(sock, SIOCOUTQNSD)
-                in_flight = _queued(sock, termios.TIOCOUTQ) != unsent
-
-
-def _queued(sock: socket.socket, request: int) -> int:
-    queued: int = struct.unpack("i", fcntl.ioctl(sock, request, bytes(4)))[0]
-    return queued
-
-
-SIOCOUTQNSD = 0x894B  # not sent yet: linux/sockios.h
-
 # Less than it takes TCP to probe a closed window, which may open it a little: 200 ms, the
 # least RTO of Linux.
 SOON = 0.1
@@ -393,7 +370,7 @@ async def test_close_notify_that_finds_no_room_is_sent_in_the_drain(
 
     async def handler(conn: Connection) -> None:
         nonlocal filled
-        filled = fill(conn.extra(SocketAttribute.raw_socket))
+        filled = fill_buffers(conn.extra(SocketAttribute.raw_socket))
         full.set()
 
     async with serve_tls(wrapping, handler, drain=Drain(LONG)) as service:
@@ -413,7 +390,7 @@ async def test_close_notify_that_never_finds_room_is_a_reset(
     wrapping: str, version: ssl.TLSVersion
 ) -> None:
     async def handler(conn: Connection) -> None:
-        fill(conn.extra(SocketAttribute.raw_socket))
+        fill_buffers(conn.extra(SocketAttribute.raw_socket))
 
     for _ in range(10):  # on a busy machine the window may be probed in time
         async with serve_tls(wrapping, handler, drain=Drain(SOON)) as service:
@@ -432,7 +409,7 @@ async def test_close_notify_that_finds_no_room_costs_one_time_out() -> None:
     ends: list[float] = []
 
     async def handler(conn: Connection) -> None:
-        fill(conn.extra(SocketAttribute.raw_socket))
+        fill_buffers(conn.extra(SocketAttribute.raw_socket))
         ends.append(anyio.current_time() + 2 * SOON)
 
     async with serve_tls("served", handler, drain=Drain(SOON)) as service:
