@@ -28,7 +28,7 @@ import anyio.to_thread
 import trio
 from anyio.abc import SocketAttribute, TaskStatus
 
-from anyio_rst import Connection, Drain, Server, connection_scope, serve_tcp
+from anyio_rst import Connection, Drain, Server, _sockets, connection_scope, serve_tcp
 
 from serving import LONG, fill_buffers, settled
 
@@ -76,6 +76,17 @@ def die(death: str) -> None:
         raise KeyboardInterrupt
     elif death == "exception":
         raise Failure
+
+
+def die_at_the_fin() -> None:
+    """Let the shutdown() of a clean end be the last system call."""
+    send_fin = _sockets.send_fin
+
+    def send_fin_and_die(sock: socket.socket) -> None:
+        send_fin(sock)
+        die("SIGKILL")
+
+    _sockets.send_fin = send_fin_and_die
 
 
 class DyingServer:
@@ -288,6 +299,8 @@ async def main(kind: str, death: str, certificate: str, phases: list[str]) -> No
     if death == "forgotten":
         await forget(kind)
         return
+    if death == "at the FIN":
+        die_at_the_fin()
     server = DyingServer(kind, death, certificate)
     if death != "return from main":
         await server.serve(phases)

@@ -16,6 +16,7 @@ import sys
 import termios
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,20 @@ def test_death_delivers_what_was_earned_and_resets_the_rest(
 
     with server(loop, kind, death, certificate, expected) as dying:
         assert anyio.run(judge, dying) == expected
+
+
+@pytest.mark.parametrize("kind", ["native", "foreign", "trio"])
+def test_fin_is_earned_when_it_is_sent(
+    kind: str, certificate: Path, authority: trustme.CA
+) -> None:
+    """Even if it is the last thing that the process does, and has to wait its turn."""
+    phase = "drain, answer under way"
+    with server("trio", kind, "at the FIN", certificate, [phase]) as dying:
+        peer = PhasePeer(phase, dying.hear()[phase], authority)
+        with peer:
+            assert dying.exit_status() == DEATHS["SIGKILL"]
+            seen = anyio.run(partial(peer.judge, reset_expected=False))
+    assert seen == PHASES[phase][1]
 
 
 def judge_forgotten(dying: Server) -> Seen:

@@ -137,13 +137,14 @@ class EndableStream(SocketStream):
             self._lost(exc)
             return b""
         self.mid_send = False
+        # Before the FIN: one that waits behind an answer would be lost with the process.
+        _sockets.disarm(sock)
         if not self.eof_sent:
             loss = _sockets.send_fin(sock)
             if loss is not None:
                 self._lost(loss)
                 return b""
             self.eof_sent = True
-        _sockets.disarm(sock)
         return b""
 
     def _measure(self, sock: socket.socket) -> None:
