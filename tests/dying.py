@@ -322,6 +322,11 @@ def run(loop: str, kind: str, death: str, certificate: str, *phases: str) -> Non
         else:
             options = {"use_uvloop": loop == "uvloop"}
             anyio.run(main, *arguments, backend_options=options)
+    except asyncio.CancelledError:
+        if sys.version_info >= (3, 11) or death != "SIGINT":
+            raise
+        # It cancelled the main task, and there is no uncancel() yet.
+        raise KeyboardInterrupt from None
     except BaseExceptionGroup as group:
         # The exit status of a group is 1, whatever is in it.
         exc: BaseException = group
