@@ -67,7 +67,7 @@ def on(loop: str, program: str) -> str:
         "trio": ', backend="trio"',
     }
     changed, count = re.subn(
-        r"(?m)^anyio\.run\((.*)\)$", rf"anyio.run(\1{options[loop]})", program
+        r"(?m)^( *)anyio\.run\((.*)\)$", rf"\1anyio.run(\2{options[loop]})", program
     )
     assert count == 1
     return changed
