@@ -201,6 +201,18 @@ def test_socket_activation(loop: str) -> None:
             echoes(late, b"late")
 
 
+@loops
+def test_kill_resets_a_connection_from_before_the_start(loop: str) -> None:
+    """It was in the backlog of a socket that nobody had armed yet."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor = listener.fileno()
+        early = call(listener.getsockname()[1])
+        with early, server(loop, "inherited", descriptor, pass_fds=[descriptor]) as child:
+            assert line(early) == str(child.pid)
+            child.kill()
+            assert read_to_end(early) == Seen(b"", PeerClose.RST)
+
+
 def test_activated_example_says_when_nobody_activated_it() -> None:
     with running(example("activated.py", "asyncio")) as process:
         _, errors = process.communicate(timeout=LONG)

@@ -150,6 +150,9 @@ class Server:
         self._accepted = 0
         self._endings: Counter[tuple[CloseKind, Cause]] = Counter()
         self._accepting = CancelScope()
+        # Listening sockets whose backlog has been empty: what they accept now inherits.
+        # Who connected before they were prepared has to be armed by itself.
+        self._emptied: set[socket.socket] = set()
         # Where room or descriptors are short, the listening sockets take turns, and one
         # of them at a time says so in the log.
         self._turn = Lock(fast_acquire=True)
@@ -225,10 +228,13 @@ class Server:
     async def _accept_up_to(
         self, most: int, listener: socket.socket, tasks: TaskGroup | trio.Nursery
     ) -> None:
+        inherits = listener in self._emptied
         for _ in range(most):
             try:
                 sock, address = listener.accept()
             except BlockingIOError:
+                if _sockets.ACCEPTED_SOCKETS_INHERIT:
+                    self._emptied.add(listener)
                 return
             except OSError as exc:
                 if exc.errno in _sockets.CAPACITY_ERRNOS:
@@ -243,6 +249,8 @@ class Server:
                 if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
                     continue
                 raise
+            if not inherits:
+                _sockets.prepare_accepted(sock)
             self._start(sock, _sockets.host_and_port(address), tasks)
 
     def _start(
@@ -252,8 +260,6 @@ class Server:
         tasks: TaskGroup | trio.Nursery,
     ) -> None:
         sock.setblocking(False)
-        if not _sockets.ACCEPTED_SOCKETS_INHERIT:
-            _sockets.prepare_accepted(sock)
         connection = Connection(
             NativeStream(sock, address), finish_on=self._finish_on, drain=self._drain
         )
