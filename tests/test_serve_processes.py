@@ -113,7 +113,12 @@ def finish(sock: socket.socket) -> None:
 
 
 def answers(sock: socket.socket, word: bytes) -> None:
-    assert sock.recv(len(word), socket.MSG_WAITALL) == word
+    got = b""
+    while len(got) < len(word):
+        chunk = sock.recv(len(word) - len(got))
+        assert chunk, f"FIN after {got!r}"
+        got += chunk
+    assert got == word
 
 
 def echoes(sock: socket.socket, word: bytes) -> None:

@@ -1,0 +1,51 @@
+"""The examples as programs, and the pages that show them."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+from test_readme import connect, free_port
+from test_serve_processes import answers, example, loops, read_to_end, running
+
+from anyio_rst import PeerClose
+
+from serving import LONG, Seen
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["download", "proxy", "line_protocol"])
+def test_page_shows_the_example(name: str) -> None:
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    shown = re.findall(r"```{literalinclude} \.\./(.*)\n", text)
+    assert shown[0] == f"examples/{name}.py"
+    for path in shown:
+        assert (ROOT / path).is_file()
+    assert f"    python examples/{name}.py" in text
+    assert f"docs/{name}.md" in (ROOT / "README.md").read_text()
+
+
+@loops
+def test_line_protocol(loop: str, tmp_path: Path) -> None:
+    port = free_port()
+    authority = trustme.CA()
+    pem = tmp_path / "cert.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with running([*example("line_protocol.py", loop), str(port), str(pem)]) as process:
+        with connect(port, process) as sock:
+            sock.sendall(b"EXPLAIN EPIPE\r\nSTARTTLS\r\n")
+            answers(sock, b"+OK ready\r\n+OK Broken pipe\r\n+OK go ahead\r\n")
+            with trusting.wrap_socket(sock, server_hostname="localhost") as secure:
+                secure.sendall(b"QUIT\r\n")
+                assert secure.recv(100) == b"+OK bye\r\n"
+                assert secure.recv(100) == b""  # a close_notify, or it would raise
+        with socket.create_connection(("127.0.0.1", port), timeout=LONG) as sock:
+            sock.sendall(b"STARTTLS\r\nEXPLAIN EPIPE\r\n")
+            assert read_to_end(sock) == Seen(b"+OK ready\r\n", PeerClose.RST)
