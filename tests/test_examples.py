@@ -19,7 +19,7 @@ from serving import LONG, Seen
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["download", "proxy", "line_protocol"])
+@pytest.mark.parametrize("name", ["download", "proxy", "line_protocol", "push"])
 def test_page_shows_the_example(name: str) -> None:
     text = (ROOT / "docs" / f"{name}.md").read_text()
     shown = re.findall(r"```{literalinclude} \.\./(.*)\n", text)
