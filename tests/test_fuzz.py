@@ -53,6 +53,7 @@ from anyio_rst import (
     serve_tcp,
 )
 
+import download
 from serving import LONG, Handler, Seen
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -599,6 +600,19 @@ def example(
     return load
 
 
+async def to_an_echo(proxy: Any, conn: Connection) -> None:
+    """A proxy in front of a server of its own."""
+
+    async def echo(conn: Connection) -> None:
+        async for chunk in conn:
+            await conn.send(chunk)
+
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(partial(serve_tcp, echo, host=LOOPBACK))
+        await proxy(LOOPBACK, server.port, conn)
+        tg.cancel_scope.cancel()
+
+
 @dataclass(frozen=True)
 class Parser:
     load: Callable[[], Handler]
@@ -637,11 +651,38 @@ PARSERS = {
         b"Ada",
         Seen(b"Ada", PeerClose.FIN),
     ),
+    "download.py": Parser(
+        example("download.py", itemgetter("download")),
+        (b"GET ", b"/1/2", b"/0/0", b" HTTP/1.1", b"\r\n", b"\r\n\r\n", b"Host: a"),
+        b"GET /1/2 HTTP/1.1\r\nHost: a\r\n\r\n",
+        Seen(download.HEAD + download.table(1, 3), PeerClose.FIN),
+    ),
+    "line_protocol.py": Parser(
+        example(
+            "line_protocol.py", lambda found: partial(found["serve_lines"], tls=SERVER)
+        ),
+        (*LINES, b"EXPLAIN ", b"EPIPE", b"STARTTLS\r\n", b"QUIT\r\n", bytes(600)),
+        b"EXPLAIN EPIPE\r\nQUIT\r\n",
+        Seen(b"+OK ready\r\n+OK Broken pipe\r\n+OK bye\r\n", PeerClose.FIN),
+    ),
+    "proxy.py": Parser(
+        example("proxy.py", lambda its: partial(to_an_echo, its["proxy"])),
+        LINES,
+        b"Ada",
+        Seen(b"Ada", PeerClose.FIN),
+    ),
+    "push.py": Parser(
+        example("push.py", lambda its: its["Broadcast"]().serve),
+        (*LINES, bytes(5000)),
+        b"Ada\n",
+        Seen(b"Ada\n", PeerClose.FIN),
+    ),
 }
 
 
 def test_every_example_is_fuzzed() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} <= set(PARSERS)
+    programs = set(EXAMPLES.glob("*.py")) - set(EXAMPLES.glob("test_*.py"))
+    assert {path.name for path in programs} <= set(PARSERS)
 
 
 def texts(words: Sequence[bytes]) -> st.SearchStrategy[bytes]:
