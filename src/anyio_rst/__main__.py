@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from . import _demo
+from . import _demo, _probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _demo.add_arguments(demo)
     demo.set_defaults(run=_demo.run)
+    probe = commands.add_parser(
+        "probe",
+        help="show how a server ends its connections",
+        description=_probe.__doc__,
+    )
+    _probe.add_arguments(probe)
+    probe.set_defaults(run=_probe.run)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
