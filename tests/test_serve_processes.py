@@ -6,7 +6,6 @@ Judged by plain blocking sockets; the processes are serving_process.py and the e
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import connect, free_port
+from test_readme import connect, free_port, on
 
 from anyio_rst import PeerClose
 
@@ -57,20 +56,6 @@ def ports(process: Process) -> list[int]:
     """Printed once the process listens."""
     assert process.stdout is not None
     return [int(port) for port in process.stdout.readline().split()]
-
-
-def on(loop: str, program: str) -> str:
-    """The text of an example, changed to run on *loop*."""
-    options = {
-        "asyncio": "",
-        "uvloop": ', backend_options={"use_uvloop": True}',
-        "trio": ', backend="trio"',
-    }
-    changed, count = re.subn(
-        r"(?m)^( *)anyio\.run\((.*)\)$", rf"\1anyio.run(\2{options[loop]})", program
-    )
-    assert count == 1
-    return changed
 
 
 def example(name: str, loop: str, **replacements: object) -> list[str]:
