@@ -35,6 +35,9 @@ default_role = "code"
 
 myst_heading_anchors = 3
 
+# Copy the commands, without their prompt and what they print.
+copybutton_exclude = ".linenos, .gp, .go"
+
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False

@@ -2,12 +2,171 @@
 
 from __future__ import annotations
 
-from test_readme import ROOT
+import contextlib
+import doctest
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_pytest_plugin import ANYIO, CONFTEST
+from test_readme import ROOT, free_port, on
+
+from serving import LONG
 
 DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "examples"
+
+loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
 
 
 def test_the_programs_shown_are_those_that_are_tested() -> None:
     """A page includes them from files. test_pytest_plugin.py runs those of one page."""
     pages = {page.name for page in DOCS.glob("*.md") if "```python\n" in page.read_text()}
     assert pages == {"testing.md"}
+
+
+# The tutorial, in terminals.
+
+TUTORIAL = (DOCS / "tutorial.md").read_text()
+CLIENTS = ("python ask.py", "python add.py")
+TESTS = "python -m pytest -q test_progress.py"
+
+
+def commands(section: str) -> list[tuple[str, str]]:
+    """Each command of the section, and what it prints."""
+    blocks = re.findall(r"```console\n(.*?)```", section, re.DOTALL)
+    return [
+        (command, output)
+        for block in blocks
+        for command, output in re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n)*)", block)
+    ]
+
+
+SECTIONS = {
+    section.partition("\n")[0]: commands(section) for section in TUTORIAL.split("\n## ")
+}
+STEPS = [
+    title
+    for title, told in SECTIONS.items()
+    if any(command.startswith(CLIENTS) for command, _ in told)
+]
+
+
+def test_the_tutorial_has_steps() -> None:
+    assert len(STEPS) == 5
+    (told,) = SECTIONS["6. Tests"]
+    assert told[0] == TESTS
+
+
+def is_as_told(told: str, output: str) -> bool:
+    """But for port numbers, and where `...` leaves something out."""
+    told, output = (
+        re.sub(r"with (::ffff:)?127\.0\.0\.1:\d+", "with a client", text)
+        for text in (told, output)
+    )
+    return doctest.OutputChecker().check_output(told, output, doctest.ELLIPSIS)
+
+
+def set_up(directory: Path, loop: str, port: int) -> None:
+    for path in (EXAMPLES / "tutorial").glob("*.py"):
+        program = path.read_text().replace("8000", str(port))
+        if "anyio.run(" in program:
+            program = on(loop, program)
+        if path.name == "timeouts.py":
+            program, count = re.subn(r"fail_after\(3\)", "fail_after(0.5)", program)
+            assert count == 1
+        (directory / path.name).write_text(program)
+
+
+def argv(command: str) -> list[str]:
+    python, *arguments = command.split()
+    assert python == "python"
+    return [sys.executable, "-u", *arguments]
+
+
+@contextlib.contextmanager
+def server_in(directory: Path, command: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        argv(command),
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def client_in(directory: Path, command: str) -> str:
+    client = subprocess.run(
+        argv(command),
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LONG,
+    )
+    return client.stdout
+
+
+def printed_by(server: subprocess.Popen[str], told: str) -> str:
+    """All that *server* printed, once that is *told*."""
+    assert server.stdout is not None
+    output = ""
+    give_up = threading.Timer(LONG, server.kill)
+    give_up.start()
+    while not is_as_told(told, output) and (line := server.stdout.readline()):
+        output += line
+    give_up.cancel()
+    server.kill()
+    return output + server.stdout.read()
+
+
+@loops
+@pytest.mark.parametrize("title", STEPS)
+def test_tutorial(title: str, loop: str, tmp_path: Path) -> None:
+    set_up(tmp_path, loop, free_port())
+    told = SECTIONS[title]
+    asked = [one for one in told if one[0].startswith(CLIENTS)]
+    ((command, told_by_server),) = [one for one in told if one not in asked]
+    with server_in(tmp_path, command) as server:
+        for command, told_by_client in asked:
+            output = client_in(tmp_path, command)
+            while "ConnectionRefusedError" in output:  # the server does not yet listen
+                assert server.poll() is None, server.communicate()
+                output = client_in(tmp_path, command)
+            assert is_as_told(told_by_client, output), output
+        output = printed_by(server, told_by_server)
+    assert is_as_told(told_by_server, output), output
+
+
+def run_tests(directory: Path) -> str:
+    set_up(directory, "asyncio", free_port())
+    alone = " ".join([*ANYIO, "-p no:cacheprovider"])
+    tests = subprocess.run(
+        argv(TESTS),
+        cwd=directory,
+        env={**os.environ, "PYTEST_ADDOPTS": alone, "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=LONG,
+    )
+    return re.sub(r"in [\d.]+s", "in N s", tests.stdout)
+
+
+def test_tests_of_the_tutorial(tmp_path: Path) -> None:
+    ((_, told),) = SECTIONS["6. Tests"]
+    assert run_tests(tmp_path) == re.sub(r"in [\d.]+s", "in N s", told)
+
+
+def test_tests_of_the_tutorial_on_each_loop(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(textwrap.dedent(CONFTEST))
+    assert "\n9 passed in" in run_tests(tmp_path)

@@ -1,0 +1,16 @@
+"""Add up numbers, one to a line. The client's FIN says that these were all."""
+
+from functools import partial
+
+import anyio
+
+from anyio_rst import Connection, serve_tcp
+
+
+async def total(conn: Connection) -> None:
+    received = b"".join([chunk async for chunk in conn])
+    numbers = [int(line) for line in received.splitlines()]
+    await conn.send(b"%d\n" % sum(numbers))
+
+
+anyio.run(partial(serve_tcp, total, on_ending=print), 8000)
