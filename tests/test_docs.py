@@ -6,6 +6,7 @@ import contextlib
 import doctest
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from test_pytest_plugin import ANYIO, CONFTEST
-from test_readme import ROOT, free_port, on
+from test_readme import ROOT, ask, connect, free_port, on, running
 
 from serving import LONG
 
@@ -23,6 +24,11 @@ DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
 
 loops = pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+
+
+def changed(program: str, old: str, new: str) -> str:
+    assert program.count(old) == 1
+    return program.replace(old, new)
 
 
 def test_the_programs_shown_are_those_that_are_tested() -> None:
@@ -170,3 +176,96 @@ def test_tests_of_the_tutorial(tmp_path: Path) -> None:
 def test_tests_of_the_tutorial_on_each_loop(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(textwrap.dedent(CONFTEST))
     assert "\n9 passed in" in run_tests(tmp_path)
+
+
+# An exception that is a normal end.
+
+
+FINISH_ON = re.findall(
+    r"^\| ((?:`\w+`,? ?)+)(.*) \| ((?:`\w+`, )+)(FIN|RST)",
+    (DOCS / "finish_on.md").read_text(),
+    re.MULTILINE,
+)
+
+
+def lines_of(cell: str) -> str:
+    return "".join(f"{word}\n" for word in re.findall(r"`(\w+)`", cell))
+
+
+@loops
+def test_finish_on(loop: str) -> None:
+    assert len(FINISH_ON) == 3
+    with running(on(loop, (EXAMPLES / "finish_on.py").read_text())) as (port, server):
+        for sent, _, got, close in FINISH_ON:
+            answer = lines_of(got).encode()
+            assert ask(port, server, lines_of(sent)) == (answer, close)
+
+
+@loops
+def test_what_incomplete_read_leaves_in_the_buffer(loop: str) -> None:
+    program = changed(
+        (EXAMPLES / "finish_on.py").read_text(),
+        'await lines.receive_until(b"\\n", 100)',
+        "await tell(lines)",
+    )
+    tell = """
+async def tell(lines: BufferedByteReceiveStream) -> bytes:
+    try:
+        return await lines.receive_until(b"\\n", 100)
+    except anyio.IncompleteRead:
+        print(lines.buffer, flush=True)
+        raise
+
+class Quit("""
+    program = on(loop, changed(program, "class Quit(", tell))
+    with running(program) as (port, server):
+        assert server.stdout is not None
+        ask(port, server, "hello\n")
+        assert server.stdout.readline() == "b''\n"
+        ask(port, server, "hello\nqui")
+        assert server.stdout.readline() == "b'qui'\n"
+
+
+# Servers with a listener of one's own.
+
+HALF = b"Hello, "
+ANSWER = b"Hello, ADA"
+
+
+def ask_all(program: str) -> dict[str, tuple[bytes, str]]:
+    """What clients of the greeting get, and how it ends."""
+    with running(program) as (port, server):
+        assert ask(port, server, "Ada") == (ANSWER, "FIN")
+        raised = ask(port, server, "Zoë")
+        assert ask(port, server, "Ada") == (ANSWER, "FIN")  # the server goes on
+        return {"raised": raised, "uploading": upload(port, server)}
+
+
+def upload(port: int, server: subprocess.Popen[str]) -> tuple[bytes, str]:
+    """Send much more than a handler receives at once, before looking at the answer."""
+    with connect(port, server) as sock:
+        answer = b""
+        try:
+            sock.sendall(b"a" * 8_000_000)
+            with contextlib.suppress(OSError):  # it may have been reset already
+                sock.shutdown(socket.SHUT_WR)
+            while chunk := sock.recv(65536):
+                answer += chunk
+        except (BrokenPipeError, ConnectionResetError):
+            return b"", "RST"
+        assert set(answer[len(HALF) :]) == set(b"A")
+        return answer[: len(HALF)] + b"...", "FIN"
+
+
+TRUE = {"raised": (HALF, "RST"), "uploading": (HALF + b"...", "FIN")}
+
+
+@loops
+@pytest.mark.parametrize("name", ["own_listener"])
+def test_servers_of_anyio(name: str, loop: str) -> None:
+    assert ask_all(on(loop, (EXAMPLES / f"{name}.py").read_text())) == TRUE
+
+
+@pytest.mark.parametrize("name", ["own_trio_listener"])
+def test_servers_of_one_loop(name: str) -> None:
+    assert ask_all((EXAMPLES / f"{name}.py").read_text()) == TRUE
