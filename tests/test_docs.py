@@ -7,6 +7,7 @@ import doctest
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -226,7 +227,7 @@ class Quit("""
         assert server.stdout.readline() == "b'qui'\n"
 
 
-# Servers with a listener of one's own.
+# Servers: one's own listener, and those to move from.
 
 HALF = b"Hello, "
 ANSWER = b"Hello, ADA"
@@ -261,11 +262,90 @@ TRUE = {"raised": (HALF, "RST"), "uploading": (HALF + b"...", "FIN")}
 
 
 @loops
-@pytest.mark.parametrize("name", ["own_listener"])
+@pytest.mark.parametrize(
+    "name", ["own_listener", "migrating/anyio_after", "migrating/twisted_after"]
+)
 def test_servers_of_anyio(name: str, loop: str) -> None:
     assert ask_all(on(loop, (EXAMPLES / f"{name}.py").read_text())) == TRUE
 
 
-@pytest.mark.parametrize("name", ["own_trio_listener"])
+@pytest.mark.parametrize(
+    "name", ["own_trio_listener", "migrating/trio_after", "migrating/asyncio_after"]
+)
 def test_servers_of_one_loop(name: str) -> None:
     assert ask_all((EXAMPLES / f"{name}.py").read_text()) == TRUE
+
+
+MIGRATING = (DOCS / "migrating.md").read_text()
+CELL = {"nothing": b"", "half": HALF, "the answer": HALF + b"..."}
+
+
+def told_of(server: str) -> dict[str, tuple[bytes, str]]:
+    """The row of the table."""
+    ((raised, uploading),) = re.findall(
+        rf"^\| {server} \| (.*) \| (.*) \|$", MIGRATING, re.MULTILINE
+    )
+
+    def seen(cell: str) -> tuple[bytes, str]:
+        data, _, close = cell.rpartition(", ")
+        return CELL[data or "nothing"], close
+
+    return {"raised": seen(raised), "uploading": seen(uploading)}
+
+
+def test_the_table_tells_of_anyio_rst() -> None:
+    assert told_of("`anyio_rst`") == TRUE
+
+
+@pytest.mark.parametrize("server", ["AnyIO", "Trio", "asyncio", "Twisted"])
+def test_what_one_moves_from(server: str) -> None:
+    assert ask_all(before(server.lower())) == told_of(server)
+
+
+def before(library: str) -> str:
+    return (EXAMPLES / "migrating" / f"{library}_before.py").read_text()
+
+
+@pytest.mark.parametrize("library", ["anyio", "trio"])
+def test_exception_ends_the_server(library: str) -> None:
+    program = changed(before(library), "except Exception:", "except EOFError:")
+    with running(program) as (port, server):
+        ask(port, server, "Zoë")
+        _, errors = server.communicate(timeout=LONG)
+        assert server.returncode == 1
+        assert "UnicodeDecodeError" in errors
+
+
+def test_abort_of_asyncio_is_no_reset() -> None:
+    program = changed(before("asyncio"), "writer.close()", "writer.transport.abort()")
+    with running(program) as (port, server):
+        assert ask(port, server, "Ada") == (ANSWER, "FIN")
+
+
+def test_abort_of_twisted_is_a_reset() -> None:
+    program = changed(before("twisted"), "callLater(60,", "callLater(0.1,")
+    with running(program) as (port, server), connect(port, server) as sock:
+        with pytest.raises(ConnectionResetError):
+            sock.recv(100)
+
+
+@loops
+def test_timeout_instead_of_the_abort_of_twisted(loop: str) -> None:
+    after = (EXAMPLES / "migrating" / "twisted_after.py").read_text()
+    program = on(loop, changed(after, "fail_after(60)", "fail_after(0.1)"))
+    with running(program) as (port, server), connect(port, server) as sock:
+        with pytest.raises(ConnectionResetError):
+            sock.recv(100)
+
+
+def test_how_twisted_tells_of_a_client_s_end() -> None:
+    head = "def connectionLost(self, reason):\n"
+    tell = head + "        print(reason.type.__name__, flush=True)\n"
+    with running(changed(before("twisted"), head, tell)) as (port, server):
+        assert server.stdout is not None
+        connect(port, server).close()
+        assert server.stdout.readline() == "ConnectionDone\n"
+        with connect(port, server) as sock:
+            option = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+        assert server.stdout.readline() == "ConnectionLost\n"

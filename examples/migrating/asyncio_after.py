@@ -1,0 +1,12 @@
+import asyncio
+
+from anyio_rst import Connection, serve_tcp
+
+
+async def greet(conn: Connection) -> None:
+    name = await conn.receive()
+    await conn.send(b"Hello, ")
+    await conn.send(name.decode("ascii").upper().encode())
+
+
+asyncio.run(serve_tcp(greet, 8000))

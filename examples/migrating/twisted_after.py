@@ -1,0 +1,13 @@
+import anyio
+
+from anyio_rst import Connection, serve_tcp
+
+
+async def greet(conn: Connection) -> None:
+    with anyio.fail_after(60):
+        name = await conn.receive()
+        await conn.send(b"Hello, ")
+        await conn.send(name.decode("ascii").upper().encode())
+
+
+anyio.run(serve_tcp, greet, 8000)
