@@ -38,6 +38,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Match what both sides of 600,000 connections saw; `-- --short`: five minutes."""
+    session.install(".[trio,uvloop]")
+    session.run("python", "-m", "soak", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite."""
     run_tests(session)

@@ -1,0 +1,251 @@
+"""Whether what a peer saw and what the server reported are the same."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from .plans import DRAIN_TIMEOUT, Manner, Work
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Seen(NamedTuple):
+    """A line of the peers."""
+
+    number: int
+    kind: str
+    work: int
+    manner: str
+    size: int
+    lossy: bool
+    host: str
+    port: int
+    connected: bool
+    close: str
+    """FIN, RST, NONE, RESET by the peer itself, or the name of another error."""
+    received: int
+    sent: int
+    wrong: bool
+
+
+class Ended(NamedTuple):
+    """A line of the server: the fields of an `Ending`."""
+
+    host: str
+    port: int
+    number: int | None
+    """The id that the handler has read; None if it never came."""
+    kind: str
+    cause: str
+    peer: str
+    discarded: int
+    unacknowledged: int | None
+    fin_sent_before_reset: bool
+    error: str | None
+    """The type of the exception in `outcome`."""
+    drained: float | None
+    """Seconds from the end of the handler's work to that of the connection."""
+
+    @property
+    def waited_in_vain(self) -> bool:
+        """Whether the drain went to its limit. 10 ms are for what clocks are worth."""
+        return self.drained is not None and self.drained > DRAIN_TIMEOUT - 0.01
+
+
+class Arrived(NamedTuple):
+    """What the link did to one side's segments."""
+
+    lost: int
+    """RSTs that it dropped."""
+    refused: int
+    """RSTs that the receiver's TCP did not accept, since a segment before was missing."""
+    obeyed: int
+    """RSTs that the receiver's TCP accepted."""
+    reached: int
+    """Segments that can complete a handshake, and came before any RST."""
+
+    @property
+    def reset_is_lost(self) -> bool:
+        return not self.obeyed and self.lost + self.refused > 0
+
+
+class Flow(NamedTuple):
+    """A connection, as the link has seen it."""
+
+    peer: Arrived
+    server: Arrived
+    trace: Sequence[str] = ()
+    """The last segments: when, where to, flags, sequence number and length."""
+
+
+def flow(record: tuple[Sequence[int], Sequence[int], Sequence[str]]) -> Flow:
+    peer, server, trace = record
+    return Flow(Arrived(*peer), Arrived(*server), trace)
+
+
+class Verdict(enum.Enum):
+    AGREED = "agreed"
+    RST_LOST = "the server's RST was lost on the link"
+    PEER_RST_LOST = "the peer's RST was lost on the link"
+    NEVER_REACHED = "nothing of the peer reached the server"
+    NEVER_CONNECTED = "no handshake across the link"
+    VANISHED = "the peer had vanished on the link"
+    PEER_TOO_LATE = "the peer reset after the limit of the drain"
+    CUT_OFF = "FIN, and then cut off at the limit of the drain"
+    DISAGREEMENT = "disagreement"
+    LOST_ANSWER = "disagreement, and an answer was lost"
+
+
+WRONG = (Verdict.DISAGREEMENT, Verdict.LOST_ANSWER)
+
+EXPECTED = {
+    Work.ANSWER: ("FIN", "RETURNED"),
+    Work.PIECES: ("FIN", "RETURNED"),
+    Work.CLOSE: ("FIN", "CLOSED"),
+    Work.FINISH_ON: ("FIN", "FINISH_ON"),
+    Work.GROUP: ("FIN", "RETURNED"),
+    Work.EOF: ("FIN", "RETURNED"),
+    Work.READ_ALL: ("FIN", "RETURNED"),
+    Work.RAISE: ("RST", "RAISED"),
+    Work.READ_ALL_RAISE: ("RST", "RAISED"),
+    Work.CANCEL: ("RST", "CANCELLED"),
+    Work.GROUP_FAIL: ("RST", "GROUP_FAILED"),
+    Work.ABORT: ("RST", "ABORTED"),
+    Work.TORN: ("RST", "TORN_SEND"),
+    Work.EOF_RAISE: ("RST", "RAISED"),
+    Work.WAIT: ("RST", "RAISED"),
+}
+TIMED_OUT = ("RST", "RAISED", "TimeoutError")
+
+
+class Disagreement(Exception):
+    def __init__(self, reason: str, verdict: Verdict = Verdict.DISAGREEMENT) -> None:
+        super().__init__(reason)
+        self.verdict = verdict
+
+
+def judge(seen: Seen, ended: Ended | None, flow: Flow | None) -> tuple[Verdict, str]:
+    """One connection; *flow* if it went across the link. With what is wrong, if it is."""
+    try:
+        return _judge(seen, ended, flow), ""
+    except Disagreement as disagreement:
+        return disagreement.verdict, str(disagreement)
+
+
+def _judge(seen: Seen, ended: Ended | None, flow: Flow | None) -> Verdict:
+    if seen.wrong:
+        raise Disagreement("the answer has wrong bytes, or too many")
+    if ended is None:
+        return _never_accepted(seen, flow)
+    _check(seen.connected, "an Ending of a connection that was never made")
+    if ended.number is None:
+        # A handler that has not read the request does not know what to do.
+        _check(seen.received == 0, "an answer to a request that did not arrive")
+    else:
+        _check(ended.number == seen.number, "the Ending of another connection")
+    _check_cause(seen, ended, flow)
+    _check_counts(seen, ended)
+    if seen.close == "RESET":
+        return _reset_by_peer(ended, flow)
+    vanished = seen.kind == "vanishing" and flow is not None
+    if ended.peer == "RST":
+        raise Disagreement("the Ending has a reset by a peer that sent none")
+    if seen.close == "NONE" and vanished:
+        return _vanished(seen, ended)
+    if ended.kind == "FIN":
+        return _after_fin(seen, ended)
+    return _after_rst(seen, ended, flow)
+
+
+def _never_accepted(seen: Seen, flow: Flow | None) -> Verdict:
+    if flow is not None:
+        if not seen.connected:
+            return Verdict.NEVER_CONNECTED
+        if not flow.server.reached and seen.received == 0 and seen.close != "FIN":
+            return Verdict.NEVER_REACHED
+    raise Disagreement("no Ending")
+
+
+def _check_cause(seen: Seen, ended: Ended, flow: Flow | None) -> None:
+    if ended.number is None or seen.kind in ("resetting", "vanishing"):
+        # No request, or no peer to the end.
+        causes = {"RST": ("RAISED",), "FIN": ("RETURNED",)}[ended.kind]
+        gone = seen.kind == "resetting" and ended.peer == "RST"
+        _check(ended.cause in causes or gone, "an unexpected cause")
+        waited = seen.manner == Manner.WAITING.value or ended.number is None
+        _check(not waited or ended.kind == "RST", "FIN of a handler that cannot return")
+    elif (
+        flow is None or (ended.kind, ended.cause, ended.error) != TIMED_OUT
+    ):  # on the link all may fail
+        kind, cause = EXPECTED[Work(seen.work)]
+        _check(ended.kind == kind, f"expected {kind}")
+        _check(ended.cause == cause, f"expected {cause}")
+    eof_sent = seen.work == Work.EOF_RAISE and ended.number is not None
+    _check(ended.fin_sent_before_reset <= eof_sent, "a FIN before the reset, of whom?")
+
+
+def _check_counts(seen: Seen, ended: Ended) -> None:
+    if ended.kind == "FIN" and ended.peer == "FIN" and seen.kind == "flooding":
+        # The handler has read the request and nothing else.
+        _check(ended.discarded == seen.sent, f"discarded is not the {seen.sent} sent")
+    elif seen.kind != "flooding":
+        _check(ended.discarded == 0, "discarded what was never sent")
+    else:
+        _check(ended.discarded <= seen.sent, "discarded more than was sent")
+    if ended.kind == "FIN" and ended.peer == "NONE":
+        _check(ended.waited_in_vain, "the drain was over before the limit")
+    if ended.kind == ended.peer == "FIN" and seen.kind != "half-closing":
+        # The peer's FIN came after it had seen ours.
+        _check(ended.unacknowledged == 0, "unacknowledged, but the peer saw the FIN")
+
+
+def _reset_by_peer(ended: Ended, flow: Flow | None) -> Verdict:
+    if ended.peer == "RST":
+        return Verdict.AGREED
+    if flow is not None and flow.server.reset_is_lost:
+        return Verdict.PEER_RST_LOST
+    if ended.kind == "FIN" and ended.peer == "NONE":
+        return Verdict.PEER_TOO_LATE  # it waited for as long as it should
+    raise Disagreement("the peer's RST is not in the Ending")
+
+
+def _vanished(seen: Seen, ended: Ended) -> Verdict:
+    _check(ended.peer == "NONE", "the Ending has an end of a peer that sent none")
+    if ended.kind == "FIN":
+        missing = seen.size - seen.received
+        unacknowledged = ended.unacknowledged
+        _check(
+            unacknowledged is not None and unacknowledged >= missing,
+            f"the peer has not received {missing} bytes that are acknowledged",
+        )
+    return Verdict.VANISHED
+
+
+def _after_fin(seen: Seen, ended: Ended) -> Verdict:
+    if seen.close == "FIN":
+        if seen.received < seen.size:
+            raise Disagreement("FIN, and not all of the answer", Verdict.LOST_ANSWER)
+        return Verdict.AGREED
+    cut_off = ended.peer == "NONE" and seen.sent > ended.discarded
+    if seen.close == "RST" and cut_off:
+        return Verdict.CUT_OFF
+    raise Disagreement(f"FIN, and the peer saw {seen.close}", Verdict.LOST_ANSWER)
+
+
+def _after_rst(seen: Seen, ended: Ended, flow: Flow | None) -> Verdict:
+    if seen.close == "RST":
+        return Verdict.AGREED
+    if seen.close == "FIN":
+        _check(ended.fin_sent_before_reset, "RST, and the peer saw FIN")
+        _check(seen.received == seen.size, "FIN by send_eof(), and not all of the answer")
+        return Verdict.AGREED
+    if seen.close == "NONE" and flow is not None and flow.peer.reset_is_lost:
+        return Verdict.RST_LOST
+    raise Disagreement(f"RST, and the peer saw {seen.close}")
+
+
+def _check(holds: bool, reason: str) -> None:
+    if not holds:
+        raise Disagreement(reason)

@@ -1,0 +1,199 @@
+"""What each connection is to do: all that its two sides have to agree on."""
+
+from __future__ import annotations
+
+import enum
+import random
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Seconds. The server's limits, short enough for those that run into them on purpose.
+DRAIN_TIMEOUT = 1.0
+REQUEST_TIMEOUT = 3.0
+WORK_TIMEOUT = 60.0
+VANISHED_TIMEOUT = 1.5  # for the work of a peer that is going to disappear
+LOST_TIMEOUT = 3.0  # for that of one whose RST may be lost
+
+KIB = 1024
+# More than a send buffer and the peer's receive buffer can hold: tcp_wmem and tcp_rmem.
+ENDLESS = 12 * 2**20
+
+
+class Work(enum.IntEnum):
+    """What the handler is asked to do once it has the request."""
+
+    ANSWER = enum.auto()  # send the answer, and return
+    PIECES = enum.auto()  # the same, in pieces and with pauses
+    CLOSE = enum.auto()  # send the answer, aclose(), and raise
+    FINISH_ON = enum.auto()  # send the answer, and raise what is a clean end
+    GROUP = enum.auto()  # send the answer in a task group, and stop its other child
+    EOF = enum.auto()  # send the answer, send_eof(), read to the end, and return
+    READ_ALL = enum.auto()  # read to the end, send the answer, and return
+    RAISE = enum.auto()  # send half of the answer, and raise
+    READ_ALL_RAISE = enum.auto()  # read to the end, send half, and raise
+    CANCEL = enum.auto()  # send half, and be cancelled by a timeout
+    GROUP_FAIL = enum.auto()  # send half, and have a child fail
+    ABORT = enum.auto()  # send half, and abort()
+    TORN = enum.auto()  # return after a send() that was cancelled in the middle
+    EOF_RAISE = enum.auto()  # send the answer, send_eof(), and raise
+    WAIT = enum.auto()  # read on
+
+
+class Manner(enum.Enum):
+    """How a peer of one kind goes about it; most kinds have only one."""
+
+    PLAIN = "plain"
+    LATE = "reads when the drain is over"
+    STOPPING = "stops uploading at the FIN"
+    ENDLESS = "uploads until it is cut off"
+    BEFORE_REQUEST = "before the request"
+    IN_REQUEST = "in the middle of the request"
+    WAITING = "while the server waits for more"
+    IN_ANSWER = "in the middle of the answer"
+    AFTER_END = "after the FIN"
+
+
+# In a hundred.
+KINDS = {
+    "good": 40,
+    "failing": 20,
+    "slow": 6,
+    "flooding": 10,
+    "half-closing": 10,
+    "resetting": 10,
+    "vanishing": 4,
+}
+GOOD = (
+    *[Work.ANSWER] * 4,
+    Work.PIECES,
+    Work.CLOSE,
+    Work.FINISH_ON,
+    Work.GROUP,
+    Work.EOF,
+)
+# The last needs an answer larger than what the lossy link should carry.
+FAILING = (
+    Work.RAISE,
+    Work.CANCEL,
+    Work.GROUP_FAIL,
+    Work.ABORT,
+    Work.EOF_RAISE,
+    Work.TORN,
+)
+FLOODING = (*[Work.ANSWER] * 3, Work.CLOSE, Work.RAISE)
+FLOODING_MANNERS = (*[Manner.PLAIN] * 10, *[Manner.STOPPING] * 9, Manner.ENDLESS)
+HALF_CLOSING = (*[Work.READ_ALL] * 3, Work.READ_ALL_RAISE)
+RESETTING = (
+    Manner.BEFORE_REQUEST,
+    Manner.IN_REQUEST,
+    Manner.WAITING,
+    Manner.IN_ANSWER,
+    Manner.AFTER_END,
+)
+VANISHING = (Manner.BEFORE_REQUEST, Manner.WAITING, Manner.IN_ANSWER, Manner.AFTER_END)
+
+
+@dataclass(frozen=True)
+class Plan:
+    number: int
+    """The id of the connection."""
+    kind: str
+    work: Work
+    manner: Manner
+    size: int
+    """Bytes of the whole answer."""
+    upload: int
+    """Bytes that the peer sends behind its request."""
+    lossy: bool
+
+    @property
+    def timeout(self) -> float:
+        if self.kind == "vanishing":
+            return VANISHED_TIMEOUT
+        if self.kind == "resetting" and self.lossy:
+            return LOST_TIMEOUT
+        return WORK_TIMEOUT
+
+
+def plans(first: int, count: int, seed: int, *, lossy: bool) -> Iterator[Plan]:
+    """Those of *count* connections, numbered from *first* on."""
+    rng = random.Random(f"{seed} {first} {lossy}")
+    kinds, weights = tuple(KINDS), tuple(KINDS.values())
+    chosen = rng.choices(kinds, weights, k=count)
+    for number, kind in enumerate(chosen, first):
+        yield _plan(number, kind, rng, lossy=lossy)
+
+
+def _plan(number: int, kind: str, rng: random.Random, *, lossy: bool) -> Plan:
+    work, manner, upload = Work.ANSWER, Manner.PLAIN, 0
+    # Most answers are small, a few fill the buffers.
+    most = rng.choice((1, 4, 16, 32 if lossy else 128)) * KIB
+    size = rng.randint(2, most)
+    if kind == "good":
+        work = rng.choice(GOOD)
+    elif kind == "failing":
+        work = rng.choice(FAILING[:-1] if lossy else FAILING)
+        size = ENDLESS if work is Work.TORN else size
+    elif kind == "slow":
+        manner = rng.choice((Manner.PLAIN, Manner.PLAIN, Manner.PLAIN, Manner.LATE))
+        size = rng.randint(16, 32 if lossy else 64) * KIB
+    elif kind == "flooding":
+        work = rng.choice(FLOODING)
+        manner = rng.choice(FLOODING_MANNERS)
+        upload = rng.randint(1, 16 if lossy else 128) * KIB
+    elif kind == "half-closing":
+        work = rng.choice(HALF_CLOSING)
+        upload = rng.randint(0, 8 if lossy else 64) * KIB
+    elif kind == "resetting":
+        manner = rng.choice(RESETTING)
+        if manner is Manner.WAITING:
+            work = Work.WAIT
+        elif manner is Manner.IN_ANSWER:
+            size = 32 * KIB if lossy else ENDLESS
+    else:
+        manner = rng.choice(VANISHING)
+        if manner is Manner.WAITING:
+            work = Work.WAIT
+        elif manner is Manner.IN_ANSWER:
+            size = 32 * KIB if lossy else ENDLESS
+    return Plan(number, kind, work, manner, size, upload, lossy)
+
+
+# The request: id, work, size of the answer, bytes that follow, milliseconds it may take.
+REQUEST = struct.Struct("!IBIII")
+
+# What a peer uploads.
+FLOOD = bytes(64 * KIB)
+
+# Each answer is a piece of this, at a place that its id determines, so that a byte that
+# is missing, doubled or somebody else's is seen.
+_PLACES = 2**16
+PATTERN = random.Random(0).randbytes(ENDLESS + _PLACES)
+
+
+def request(plan: Plan) -> bytes:
+    return REQUEST.pack(
+        plan.number, plan.work, plan.size, plan.upload, int(plan.timeout * 1000)
+    )
+
+
+def place(number: int) -> int:
+    """Where in the pattern the answer for connection *number* begins."""
+    return number * 40503 % _PLACES  # neighbours are far apart
+
+
+# Addresses. Each connection has one of its own, so that it can be told from all others
+# even if its id never arrives. They are used again only when all others have been, many
+# minutes later. Not the ports below 1024, nor, on loopback, those that the kernel gives
+# to other programs.
+LOOPBACK_PORTS = range(10_000, 32_000)
+LINK_PORTS = range(2_000, 50_000)
+# The link drops everything of these from some moment on; the moment is the remainder.
+VANISHING_PORTS = range(50_001, 65_001)
+VANISH_AFTER = (Manner.BEFORE_REQUEST, Manner.WAITING, Manner.IN_ANSWER)
+
+SERVER_ADDRESS, PEER_ADDRESS = "192.0.2.1", "192.0.2.2"  # of the link: RFC 5737

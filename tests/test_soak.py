@@ -1,0 +1,277 @@
+"""The soak: that a small one passes on each loop, and that it would find a lie."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from soak import link, report  # noqa: E402
+from soak.judge import Arrived, Ended, Flow, Seen, Verdict, judge  # noqa: E402
+from soak.link import FIN, RST, SYN, Receiver  # noqa: E402
+from soak.plans import DRAIN_TIMEOUT, KINDS, Manner, Work  # noqa: E402
+from soak.report import Result, Sample  # noqa: E402
+
+CONNECTIONS = 400
+
+SEEN = Seen(
+    number=7,
+    kind="good",
+    work=Work.ANSWER,
+    manner=Manner.PLAIN.value,
+    size=100,
+    lossy=False,
+    host="127.0.1.1",
+    port=10_007,
+    connected=True,
+    close="FIN",
+    received=100,
+    sent=0,
+    wrong=False,
+)
+ENDED = Ended(
+    host="127.0.1.1",
+    port=10_007,
+    number=7,
+    kind="FIN",
+    cause="RETURNED",
+    peer="FIN",
+    discarded=0,
+    unacknowledged=0,
+    fin_sent_before_reset=False,
+    error=None,
+    drained=0.01,
+)
+SEEN_RST = SEEN._replace(kind="failing", work=Work.RAISE, close="RST", received=50)
+ENDED_RST = ENDED._replace(kind="RST", cause="RAISED", peer="NONE", error="Failure")
+SEEN_RESET = SEEN._replace(kind="resetting", work=Work.WAIT, close="RESET", received=0)
+ENDED_RESET = ENDED_RST._replace(peer="RST", error="PeerReset")
+SEEN_FLOODING = SEEN._replace(kind="flooding", sent=5000)
+ENDED_FLOODING = ENDED._replace(discarded=5000)
+
+PASSED = Arrived(lost=0, refused=0, obeyed=0, reached=9)
+OBEYED = PASSED._replace(obeyed=1)
+LOST = PASSED._replace(lost=1)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+def test_small_soak_passes(loop: str, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    run = [sys.executable, "-m", "soak", "--loops", loop, "--json", str(path)]
+    run += ["--connections", str(CONNECTIONS)]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    (result,) = report.load(path).results
+    assert result.connections == CONNECTIONS
+    assert sum(result.verdicts.values()) == CONNECTIONS
+    assert result.disagreements() == 0
+    assert set(result.seen) == set(KINDS)
+    assert result.accept_failures
+    assert f"{CONNECTIONS} connections" in found.stderr
+    if (missing := link.available()) is None:
+        assert result.link["packets"] > result.link["lost"] > 0
+        assert result.lossy == CONNECTIONS // 10
+    else:
+        assert missing in found.stderr
+
+
+def test_killed_soak_leaves_no_process_behind() -> None:
+    """And with the processes go the namespaces and devices of the link."""
+    run = [sys.executable, "-m", "soak", "--loops", "asyncio"]
+    with subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE) as soak:
+        children = Path(f"/proc/{soak.pid}/task/{soak.pid}/children")
+        expected = 2 if link.available() is not None else 4
+        while len(children.read_text().split()) < expected:
+            assert soak.poll() is None
+            time.sleep(0.02)
+        soak.kill()
+        # The pipe ends when the last one that has inherited it does.
+        soak.communicate(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("seen", "ended"),
+    [
+        (SEEN, ENDED),
+        (SEEN_RST, ENDED_RST),
+        (SEEN_RESET, ENDED_RESET),
+        (SEEN_FLOODING, ENDED_FLOODING),
+        (
+            SEEN_RST._replace(work=Work.EOF_RAISE, close="FIN", received=100),
+            ENDED_RST._replace(fin_sent_before_reset=True),
+        ),
+    ],
+)
+def test_truth_is_agreed_upon(seen: Seen, ended: Ended) -> None:
+    assert judge(seen, ended, None) == (Verdict.AGREED, "")
+
+
+@pytest.mark.parametrize(
+    ("seen", "ended", "reason"),
+    [
+        (SEEN._replace(received=99), ENDED, "not all of the answer"),
+        (SEEN._replace(close="RST"), ENDED, "the peer saw RST"),
+        (SEEN._replace(close="NONE"), ENDED, "the peer saw NONE"),
+    ],
+)
+def test_lost_answer_is_found(seen: Seen, ended: Ended, reason: str) -> None:
+    verdict, found = judge(seen, ended, None)
+    assert verdict is Verdict.LOST_ANSWER
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("seen", "ended", "reason"),
+    [
+        (SEEN._replace(wrong=True), ENDED, "wrong bytes"),
+        (SEEN, None, "no Ending"),
+        (SEEN, ENDED._replace(number=8), "another connection"),
+        (SEEN, ENDED._replace(cause="CLOSED"), "expected RETURNED"),
+        (SEEN, ENDED._replace(peer="RST"), "reset by a peer that sent none"),
+        (SEEN, ENDED._replace(discarded=1), "discarded"),
+        (SEEN, ENDED._replace(unacknowledged=1), "unacknowledged"),
+        (SEEN, ENDED._replace(fin_sent_before_reset=True), "FIN before"),
+        (SEEN_RST._replace(close="FIN"), ENDED_RST, "RST, and the peer saw FIN"),
+        (SEEN_RST._replace(close="NONE"), ENDED_RST, "RST, and the peer saw NONE"),
+        (SEEN_RST._replace(close="ETIMEDOUT"), ENDED_RST, "the peer saw ETIMEDOUT"),
+        (SEEN_RST, ENDED, "expected RST"),
+        (SEEN, ENDED._replace(peer="NONE"), "before the limit"),
+        (SEEN_RESET, ENDED_RESET._replace(peer="NONE"), "RST is not in the Ending"),
+        (SEEN_FLOODING, ENDED_FLOODING._replace(discarded=4999), "the 5000 sent"),
+    ],
+)
+def test_lie_is_found(seen: Seen, ended: Ended | None, reason: str) -> None:
+    verdict, found = judge(seen, ended, None)
+    assert verdict is Verdict.DISAGREEMENT
+    assert reason in found
+
+
+def test_lost_reset_is_explained_only_by_what_the_link_knows() -> None:
+    seen = SEEN_RST._replace(close="NONE", lossy=True)
+    refused = PASSED._replace(refused=1)
+    for arrived in (LOST, refused):
+        assert judge(seen, ENDED_RST, Flow(arrived, PASSED))[0] is Verdict.RST_LOST
+    for arrived in (PASSED, OBEYED, LOST._replace(obeyed=1)):
+        verdict, _ = judge(seen, ENDED_RST, Flow(arrived, PASSED))
+        assert verdict is Verdict.DISAGREEMENT
+
+
+def test_lost_reset_of_a_peer_is_explained_only_by_what_the_link_knows() -> None:
+    seen = SEEN_RESET._replace(lossy=True)
+    ended = ENDED_RESET._replace(peer="NONE", error="TimeoutError")
+    assert judge(seen, ended, Flow(PASSED, LOST))[0] is Verdict.PEER_RST_LOST
+    assert judge(seen, ended, Flow(PASSED, OBEYED))[0] is Verdict.DISAGREEMENT
+
+
+def test_late_reset_of_a_peer_is_explained_only_by_a_drain_to_its_limit() -> None:
+    seen = SEEN_RESET._replace(work=Work.ANSWER, manner=Manner.AFTER_END.value)
+    ended = ENDED._replace(peer="NONE", drained=DRAIN_TIMEOUT)
+    assert judge(seen, ended, None)[0] is Verdict.PEER_TOO_LATE
+    early = ended._replace(drained=DRAIN_TIMEOUT / 2)
+    assert judge(seen, early, None)[0] is Verdict.DISAGREEMENT
+
+
+def test_missing_ending_is_explained_only_if_nothing_reached_the_server() -> None:
+    seen = SEEN_RESET._replace(lossy=True)
+    nothing = Flow(PASSED, PASSED._replace(reached=0))
+    assert judge(seen, None, nothing)[0] is Verdict.NEVER_REACHED
+    assert judge(seen, None, Flow(PASSED, PASSED))[0] is Verdict.DISAGREEMENT
+
+
+@pytest.mark.parametrize(
+    ("segments", "obeyed"),
+    [
+        ([(0, 1001, 100), (RST, 1101, 0)], True),
+        ([(RST, 1101, 0)], False),
+        ([(0, 1101, 100), (0, 1001, 100), (RST, 1201, 0)], True),
+        ([(0, 1101, 100), (RST, 1001, 0)], True),
+        ([(0, 1101, 100), (RST, 1201, 0)], True),  # the end of a SACK
+        ([(0, 1101, 100), (RST, 1301, 0)], False),
+        ([(FIN, 1001, 0), (RST, 1002, 0)], True),
+        ([(SYN, 1000, 0), (0, 1001, 9), (SYN, 1000, 0), (RST, 1010, 0)], True),
+    ],
+)
+def test_link_knows_which_resets_tcp_obeys(
+    segments: list[tuple[int, int, int]], obeyed: bool
+) -> None:
+    receiver = Receiver()
+    receiver.deliver(SYN, 1000, 0)
+    for segment in segments:
+        receiver.deliver(*segment)
+    assert (receiver.obeyed, receiver.refused) == (obeyed, not obeyed)
+
+
+def test_sequence_numbers_begin_again() -> None:
+    receiver = Receiver()
+    receiver.deliver(SYN, 2**32 - 11, 0)
+    receiver.deliver(0, 40, 10)
+    receiver.deliver(0, 2**32 - 10, 50)
+    assert receiver.expected == 50
+
+
+def steady(**changes: int) -> Result:
+    first = Sample(rss=40 * 2**20, descriptors=9, blocks=100_000)
+    last = Sample(**{**vars(first), **changes})
+    return Result("asyncio", samples=[first] * 8 + [last] * 8)
+
+
+def test_flat_memory_is_no_failure() -> None:
+    assert steady(rss=43 * 2**20, blocks=102_000).failures() == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rss": 45 * 2**20}, {"blocks": 106_000}, {"descriptors": 10}]
+)
+def test_growth_is_a_failure(changes: dict[str, int]) -> None:
+    (failure,) = steady(**changes).failures()
+    assert next(iter(changes)) in failure
+
+
+@pytest.mark.parametrize("verdict", [Verdict.DISAGREEMENT, Verdict.LOST_ANSWER])
+def test_disagreement_is_a_failure(verdict: Verdict) -> None:
+    result = steady()
+    result.verdicts = Counter({"AGREED": 5, verdict.name: 1})
+    assert result.failures() == ["1 disagreements"]
+
+
+def test_page_shows_the_results_of_a_long_run_without_a_failure() -> None:
+    stored = report.load(report.RESULTS)
+    page = report.PAGE.read_text()
+    assert report.filled(page, report.tables(stored)) == page
+    assert [result.loop for result in stored.results] == ["asyncio", "uvloop", "trio"]
+    for result in stored.results:
+        assert result.failures() == []
+        assert result.connections == 200_000
+        assert result.lossy > 0
+
+
+def test_results_can_be_stored(tmp_path: Path) -> None:
+    result = steady()
+    result.seen = {"good": Counter(FIN=3)}
+    stored = report.Report({"seed": "0"}, [result])
+    stored.save(tmp_path / "results.json")
+    assert report.load(tmp_path / "results.json") == stored
+    assert json.loads((tmp_path / "results.json").read_text())["results"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--connections", "10", "must be at least 400"),
+        ("--minutes", "0", "must be greater than 0"),
+        ("--loops", "curio", "invalid choice: 'curio'"),
+    ],
+)
+def test_bad_option_is_refused(option: str, value: str, message: str) -> None:
+    run = [sys.executable, "-m", "soak", option, value]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert message in found.stderr
