@@ -1,4 +1,8 @@
-"""A server for a test, and the peer that judges it."""
+"""A server or a connection for a test, and the peer that judges it.
+
+What does not need a server uses `connection_of()`, which is the library's own kit on each
+kind of stream. The rules themselves, and the kit, are judged by a plain blocking socket.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,14 @@ import trio
 from anyio.streams.buffered import BufferedByteStream
 
 from anyio_rst import (
+    Cause,
+    CloseKind,
     Connection,
     Ending,
     PeerClose,
     connection_scope,
     serve_tcp,
+    testing,
 )
 
 # For what must happen in a test that passes: only a failure ever waits this long.
@@ -219,6 +226,65 @@ async def serve(kind: str, handler: Handler, **options: Any) -> AsyncIterator[Se
             tg.cancel_scope.cancel()
     finally:
         service.close()
+
+
+@asynccontextmanager
+async def connection_of(
+    kind: str, **options: Any
+) -> AsyncIterator[tuple[Connection, testing.Peer]]:
+    """`open_peer()`, which has native connections, for each *kind* of `serve()`.
+
+    *options* are those that both it and `connection_scope` take.
+    """
+    if kind == "native":
+        with anyio.fail_after(LONG):
+            async with testing.open_peer(**options) as both:
+                yield both
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = testing.Peer(socket.create_connection(listener.getsockname()))
+        sock, _ = listener.accept()
+    stream: Any
+    if kind == "trio":
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    else:
+        stream = await anyio.abc.SocketStream.from_socket(sock)
+        if kind == "buffered":
+            stream = BufferedByteStream(stream)
+    try:
+        with anyio.fail_after(LONG):
+            async with AsyncExitStack() as stack:
+                scope = connection_scope(stream, **options)
+                yield await stack.enter_async_context(scope), peer
+                # The peer does what a client does while the connection drains.
+                async with anyio.create_task_group() as tg:
+                    tg.start_soon(stack.pop_all().aclose)
+                    await peer.leave()
+    finally:
+        peer.leave_now()
+
+
+async def assert_finished(
+    conn: Connection, peer: testing.Peer, cause: Cause, data: bytes | None = None
+) -> Ending:
+    """FIN, for the peer and in the `Ending`."""
+    await testing.assert_fin(peer, data)
+    return ending_with(CloseKind.FIN, conn, cause)
+
+
+async def assert_reset(
+    conn: Connection, peer: testing.Peer, cause: Cause, data: bytes | None = None
+) -> Ending:
+    """RST, for the peer and in the `Ending`."""
+    seen = await testing.assert_rst(peer)
+    assert data in (None, seen.data)
+    return ending_with(CloseKind.RST, conn, cause)
+
+
+def ending_with(kind: CloseKind, conn: Connection, cause: Cause) -> Ending:
+    assert conn.ending is not None
+    assert (conn.ending.kind, conn.ending.cause) == (kind, cause)
+    return conn.ending
 
 
 async def settled() -> None:
