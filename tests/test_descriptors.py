@@ -11,15 +11,15 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
-import anyio
 import pytest
 from anyio.abc import SocketAttribute
 
-from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose
+from anyio_rst import Cause, CloseKind, Drain, Ending, PeerClose
+from anyio_rst.testing import Seen, connect_peer
 
-from serving import LONG, Peer, Seen, serve
+from serving import LONG, connection_of
 
 # Only shows that nothing happens.
 SHORT = 0.1
@@ -64,27 +64,18 @@ async def judge(
     kind: str, copy: Copy, end: str, *, drain: Drain | None = None
 ) -> tuple[Seen, Ending]:
     """What the peer saw, and the `Ending`, both from before the copy was closed."""
-
-    async def handler(conn: Connection) -> None:
-        await conn.send(b"data")
-        await copied.wait()
-        if end == "raise":
-            raise Failure
-        if end == "abort":
-            conn.abort()
-
-    copied = anyio.Event()
-    async with serve(kind, handler, drain=drain) as service:
-        with service.connect() as peer:
-            assert await peer.receive(4) == b"data"
-            served = await service.next()
-            sock = served.connection.extra(SocketAttribute.raw_socket)
-            with copy(sock.fileno()):
-                copied.set()
-                seen = await peer.read_to_end()
-                if drain is not None:
-                    peer.send_eof()
-                return seen, await served.ending()
+    with ExitStack() as copies:
+        with suppress(Failure):
+            async with connection_of(kind, drain=drain) as (conn, peer):
+                sock = conn.extra(SocketAttribute.raw_socket)
+                copies.enter_context(copy(sock.fileno()))
+                await conn.send(b"data")
+                if end == "raise":
+                    raise Failure
+                if end == "abort":
+                    conn.abort()
+        assert conn.ending is not None
+        return await peer.read_to_end(), conn.ending
 
 
 @copies
@@ -95,7 +86,7 @@ async def test_reset_goes_out_at_once(
     kind: str, copy: Copy, end: str, cause: Cause
 ) -> None:
     seen, ending = await judge(kind, copy, end)
-    assert seen == Seen(b"", PeerClose.RST)
+    assert seen == Seen(b"data", PeerClose.RST)
     assert (ending.kind, ending.cause) == (CloseKind.RST, cause)
 
 
@@ -103,7 +94,7 @@ async def test_reset_goes_out_at_once(
 @pytest.mark.parametrize("drain", [None, Drain(timeout=LONG)], ids=["close", "drain"])
 async def test_fin_goes_out_at_once(kind: str, copy: Copy, drain: Drain | None) -> None:
     seen, ending = await judge(kind, copy, "return", drain=drain)
-    assert seen == Seen(b"", PeerClose.FIN)
+    assert seen == Seen(b"data", PeerClose.FIN)
     assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
     assert ending.peer is (PeerClose.NONE if drain is None else PeerClose.FIN)
 
@@ -114,7 +105,7 @@ async def test_closing_alone_would_send_nothing(
 ) -> None:
     """So the judge can tell: SO_LINGER {1, 0} waits for the last copy to be closed."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        with Peer(listener.getsockname()[1]) as peer:
+        async with connect_peer(listener.getsockname()[1]) as peer:
             sock, _ = listener.accept()
             linger = struct.pack("ii", 1, 0)
             with sock:

@@ -32,7 +32,16 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from serving import LONG, Peer, Seen, foreign_pair, serve, value_of
+from serving import (
+    LONG,
+    Peer,
+    Seen,
+    assert_finished,
+    assert_reset,
+    connection_of,
+    foreign_pair,
+    serve,
+)
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -296,17 +305,18 @@ async def test_scoped_lets_the_exception_out_and_tells_the_peer(finish_on: Any) 
 async def test_ending_of_the_inner_scope_stands(
     kind: str, wrapped: bool, fails: bool
 ) -> None:
-    async def handler(conn: Connection) -> None:
+    async with connection_of(kind) as (conn, peer):
         stream: Any = BufferedByteStream(conn) if wrapped else conn
-        try:
+        await peer.send(b"ping")
+        if not fails:
+            peer.send_eof()
+        with suppress(Failure):
             async with connection_scope(stream, drain=Drain(LONG)) as inner:
                 assert inner is not conn
                 assert await inner.receive() == b"ping"
                 await inner.send(b"pong")
                 if fails:
                     raise Failure
-        except Failure:
-            pass
         assert inner.ending is not None
         assert conn.ending is not None
         assert conn.ending.cause is inner.ending.cause
@@ -315,18 +325,10 @@ async def test_ending_of_the_inner_scope_stands(
             await conn.send(b"more")
         with pytest.raises(anyio.ClosedResourceError):
             connection_scope(conn)
-
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            await peer.send(b"ping")
-            if not fails:
-                peer.send_eof()
-            seen = await peer.read_to_end()
-        ending = await service.ending()
-    value_of(ending)
-    assert seen == Seen(b"pong", PeerClose.RST if fails else PeerClose.FIN)
-    assert ending.cause is (Cause.RAISED if fails else Cause.RETURNED)
-    if not fails:
+    if fails:
+        await assert_reset(conn, peer, Cause.RAISED, b"pong")
+    else:
+        ending = await assert_finished(conn, peer, Cause.RETURNED, b"pong")
         assert ending.peer is PeerClose.FIN
 
 
@@ -334,26 +336,24 @@ async def test_ending_of_the_inner_scope_stands(
 async def test_detaching_the_inner_scope_leaves_the_outer_one_in_charge(
     kind: str, wrapped: bool
 ) -> None:
-    async def handler(conn: Connection) -> None:
-        stream: Any = BufferedByteStream(conn) if wrapped else conn
-        async with connection_scope(stream) as inner:
-            assert inner.detach() is stream
-        assert inner.ending is not None
-        assert inner.ending.kind is CloseKind.DETACHED
-        assert conn.ending is None
-        await conn.send(b"still open")
-        raise Failure
-
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            assert await peer.read_to_end() == Seen(b"still open", PeerClose.RST)
+    with pytest.raises(Failure):
+        async with connection_of(kind) as (conn, peer):
+            stream: Any = BufferedByteStream(conn) if wrapped else conn
+            async with connection_scope(stream) as inner:
+                assert inner.detach() is stream
+            assert inner.ending is not None
+            assert inner.ending.kind is CloseKind.DETACHED
+            assert conn.ending is None
+            await conn.send(b"still open")
+            raise Failure
+    await assert_reset(conn, peer, Cause.RAISED, b"still open")
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
 async def test_abort_of_the_outer_connection_ends_the_inner_one(
     kind: str, wrapped: bool
 ) -> None:
-    async def handler(conn: Connection) -> None:
+    async with connection_of(kind) as (conn, peer):
         stream: Any = BufferedByteStream(conn) if wrapped else conn
         async with connection_scope(stream) as inner:
             conn.abort()
@@ -361,13 +361,7 @@ async def test_abort_of_the_outer_connection_ends_the_inner_one(
                 await inner.send(b"more")
         assert inner.ending is not None
         assert inner.ending.kind is CloseKind.RST
-
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-        ending = await service.ending()
-    value_of(ending)
-    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.ABORTED)
+    await assert_reset(conn, peer, Cause.ABORTED, b"")
 
 
 # Programs that use Trio alone.
@@ -508,18 +502,12 @@ async def test_coroutine_that_is_closed_resets(kind: str, finish_on: Any) -> Non
         async with connection_scope(conn, finish_on=finish_on):
             await suspend()
 
-    async def handler(conn: Connection) -> None:
+    async with connection_of(kind) as (conn, peer):
         await conn.send(b"half")
         coroutine = forgotten(conn)
         coroutine.send(None)
         coroutine.close()
-
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            assert await peer.read_to_end() == Seen(b"half", PeerClose.RST)
-        ending = await service.ending()
-    value_of(ending)
-    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.RAISED)
+    await assert_reset(conn, peer, Cause.RAISED, b"half")
 
 
 async def test_async_generator_that_is_closed_resets(kind: str) -> None:
@@ -528,36 +516,23 @@ async def test_async_generator_that_is_closed_resets(kind: str) -> None:
             while True:
                 yield await conn.receive()
 
-    async def handler(conn: Connection) -> None:
+    async with connection_of(kind) as (conn, peer):
         await conn.send(b"half")
+        await peer.send(b"x")
         generator = chunks(conn)
         assert await generator.__anext__() == b"x"
         await generator.aclose()
-
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            await peer.send(b"x")
-            assert await peer.read_to_end() == Seen(b"half", PeerClose.RST)
-        value_of(await service.ending())
+    await assert_reset(conn, peer, Cause.RAISED, b"half")
 
 
 async def test_abort_and_a_new_connection_on_the_same_descriptor_disturb_nobody(
     kind: str,
 ) -> None:
     """On asyncio, AnyIO forgets a waiter by the number of its descriptor."""
-    drained: list[Any] = []
 
-    async def handler(conn: Connection) -> None:
-        async def receive() -> None:
-            with suppress(anyio.ClosedResourceError):
-                await conn.receive()
-
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(receive)
-            await anyio.wait_all_tasks_blocked()
-            async with connect_tcp("127.0.0.1", port, drain=Drain(LONG)) as other:
-                conn.abort()
-            drained.append(other.ending)
+    async def receive(conn: Connection) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await conn.receive()
 
     async def end_late(conn: Connection) -> None:
         # Our FIN comes before the peer's, so that there is something to wait for.
@@ -565,11 +540,12 @@ async def test_abort_and_a_new_connection_on_the_same_descriptor_disturb_nobody(
             await conn.receive()
         await anyio.wait_all_tasks_blocked()
 
-    async with serve("native", end_late) as echo:
-        port = echo.port
-        async with serve(kind, handler) as service:
-            with service.connect() as peer:
-                assert (await peer.read_to_end()).close is PeerClose.RST
-            value_of(await service.ending())
-    (ending,) = drained
-    assert ending.peer is PeerClose.FIN
+    async with serve("native", end_late) as echo, connection_of(kind) as (conn, peer):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(receive, conn)
+            await anyio.wait_all_tasks_blocked()
+            async with connect_tcp("127.0.0.1", echo.port, drain=Drain(LONG)) as other:
+                conn.abort()
+        await assert_reset(conn, peer, Cause.ABORTED)
+    assert other.ending is not None
+    assert other.ending.peer is PeerClose.FIN

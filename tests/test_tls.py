@@ -33,6 +33,7 @@ from anyio_rst import (
     connection_scope,
     serve_tcp,
 )
+from anyio_rst.testing import assert_fin, assert_rst, open_peer
 
 from serving import (
     LONG,
@@ -40,6 +41,8 @@ from serving import (
     Peer,
     Seen,
     Service,
+    assert_reset,
+    connection_of,
     fill_buffers,
     foreign_pair,
     serve,
@@ -565,21 +568,14 @@ def client_hello() -> bytes:
 async def test_plaintext_before_the_handshake_never_surfaces_after_it(kind: str) -> None:
     """CVE-2011-0411: STARTTLS, a command and the ClientHello in one segment."""
 
-    async def handler(conn: Connection) -> None:
+    async with connection_of(kind) as (conn, peer):
+        await peer.send(b"STARTTLS\nDELETE everything\n" + client_hello())
         assert await conn.receive(len(b"STARTTLS\n")) == b"STARTTLS\n"
-        with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)) as caught:
+        with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)):
             await conn.start_tls(SERVER_CONTEXT)
-        errors.append(caught.value)
         assert conn.ending is not None
         assert conn.ending.kind is CloseKind.RST
-
-    errors: list[BaseException] = []
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            await peer.send(b"STARTTLS\nDELETE everything\n" + client_hello())
-            assert (await peer.read_to_end()).close is PeerClose.RST
-        value_of(await service.ending())
-    assert len(errors) == 1
+        await assert_rst(peer)
 
 
 async def test_start_tls_refuses_a_buffer_that_holds_plaintext() -> None:
@@ -596,41 +592,25 @@ async def test_start_tls_refuses_a_buffer_that_holds_plaintext() -> None:
 
 
 @pytest.mark.parametrize(
-    "send",
-    [
-        lambda peer: peer.sock.sendall(b"GET / HTTP/1.0\r\n\r\n"),
-        lambda peer: peer.send_eof(),
-        lambda peer: peer.sock.sendall(client_hello()[:20]) or peer.send_eof(),
-    ],
+    ("data", "eof"),
+    [(b"GET / HTTP/1.0\r\n\r\n", False), (b"", True), (client_hello()[:20], True)],
     ids=["garbage", "FIN", "half a ClientHello"],
 )
-async def test_handshake_that_fails_resets(
-    kind: str, send: Callable[[Peer], None]
-) -> None:
-    async def handler(conn: Connection) -> None:
+async def test_handshake_that_fails_resets(kind: str, data: bytes, eof: bool) -> None:
+    async with connection_of(kind) as (conn, peer):
+        await peer.send(data)
+        if eof:
+            peer.send_eof()
         with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)):
             await conn.start_tls(SERVER_CONTEXT)
-        assert conn.ending is not None
-        assert (conn.ending.kind, conn.ending.cause) == (CloseKind.RST, Cause.RAISED)
-
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            send(peer)
-            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-        value_of(await service.ending())
+        await assert_reset(conn, peer, Cause.RAISED, b"")
 
 
 async def test_handshake_that_is_cancelled_resets(kind: str) -> None:
-    async def handler(conn: Connection) -> None:
+    async with connection_of(kind) as (conn, peer):
         with anyio.move_on_after(0.01):
             await conn.start_tls(SERVER_CONTEXT)
-        assert conn.ending is not None
-        assert (conn.ending.kind, conn.ending.cause) == (CloseKind.RST, Cause.CANCELLED)
-
-    async with serve(kind, handler) as service:
-        with service.connect() as peer:
-            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-        value_of(await service.ending())
+        await assert_reset(conn, peer, Cause.CANCELLED, b"")
 
 
 @pytest.mark.parametrize(
@@ -647,14 +627,11 @@ async def test_handshake_that_is_cancelled_resets(kind: str) -> None:
 async def test_bad_arguments_are_refused_and_nothing_is_changed(
     arguments: Any, options: Any, error: type[Exception], message: str
 ) -> None:
-    async def handler(conn: Connection) -> None:
+    async with open_peer() as (conn, peer):
         with pytest.raises(error, match=message):
             await conn.start_tls(*arguments, **options)
         await conn.send(b"fine")
-
-    async with serve("native", handler) as service:
-        with service.connect() as peer:
-            assert await peer.read_to_end() == Seen(b"fine", PeerClose.FIN)
+    await assert_fin(peer, b"fine")
 
 
 # Handshakes of a server.
