@@ -7,6 +7,7 @@ kind of stream. The rules themselves, and the kit, are judged by a plain blockin
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import socket
 import struct
@@ -328,6 +329,20 @@ def fill_buffers(raw: Any) -> int:
                     return filled
                 unsent = queued(sock.fileno(), SIOCOUTQNSD)
                 in_flight = queued(sock.fileno(), termios.TIOCOUTQ) != unsent
+
+
+@asynccontextmanager
+async def timeout_once_settled() -> AsyncIterator[anyio.CancelScope]:
+    """A timeout that passes when what is under it waits for the peer."""
+
+    async def pass_() -> None:
+        await settled()
+        scope.deadline = -math.inf
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(pass_)
+        with anyio.CancelScope() as scope:
+            yield scope
 
 
 async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:

@@ -21,7 +21,17 @@ from anyio_rst import (
     connection_scope,
 )
 
-from serving import LONG, Handler, Peer, Seen, Service, error_of, serve, value_of
+from serving import (
+    LONG,
+    Handler,
+    Peer,
+    Seen,
+    Service,
+    error_of,
+    serve,
+    timeout_once_settled,
+    value_of,
+)
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -435,7 +445,7 @@ async def test_finish_on(kind: str, exc: Exception, cause: Cause) -> None:
 
 async def test_timeout_that_cuts_a_receive_finishes(kind: str) -> None:
     async def handler(conn: Connection) -> None:
-        with anyio.move_on_after(0.01):
+        async with timeout_once_settled():
             await conn.receive()
         await conn.send(b"too slow")
 
@@ -445,7 +455,7 @@ async def test_timeout_that_cuts_a_receive_finishes(kind: str) -> None:
 @pytest.mark.parametrize("how", ["return", "aclose", "finish_on"])
 async def test_send_cut_by_a_timeout_resets(kind: str, how: str) -> None:
     async def handler(conn: Connection) -> None:
-        with anyio.move_on_after(0.01) as scope:
+        async with timeout_once_settled() as scope:
             await conn.send(TOO_MUCH)
         assert scope.cancelled_caught
         with pytest.raises(anyio.BrokenResourceError, match="cut short"):

@@ -46,6 +46,7 @@ from serving import (
     fill_buffers,
     foreign_pair,
     serve,
+    timeout_once_settled,
     value_of,
 )
 
@@ -347,7 +348,7 @@ async def test_session_that_is_broken_cannot_end_cleanly(
 
 async def test_send_cut_short_resets(wrapping: str, version: ssl.TLSVersion) -> None:
     async def handler(conn: Connection) -> None:
-        with anyio.move_on_after(0.05):
+        async with timeout_once_settled():
             await conn.send(bytes(8 * 2**20))
         with pytest.raises(anyio.BrokenResourceError):
             await conn.send(b"more")
@@ -608,7 +609,7 @@ async def test_handshake_that_fails_resets(kind: str, data: bytes, eof: bool) ->
 
 async def test_handshake_that_is_cancelled_resets(kind: str) -> None:
     async with connection_of(kind) as (conn, peer):
-        with anyio.move_on_after(0.01):
+        async with timeout_once_settled():
             await conn.start_tls(SERVER_CONTEXT)
         await assert_reset(conn, peer, Cause.CANCELLED, b"")
 
