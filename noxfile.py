@@ -20,7 +20,9 @@ def group(name: str) -> tuple[str, ...]:
 
 def run_tests(session: nox.Session, *pins: str, **env: str) -> None:
     session.install("-e", ".", *group("test"), *pins)
-    session.run("pytest", *session.posargs, env=env)
+    # Much of it is waiting for processes to start.
+    workers = ["-n", "auto", "--maxprocesses", "4"]
+    session.run("pytest", *workers, *session.posargs, env=env)
 
 
 @nox.session
