@@ -19,6 +19,7 @@ import trio
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.stapled import StapledByteStream
 from anyio.streams.tls import TLSAttribute
+from conftest import ASYNCIO
 
 from anyio_rst import (
     Cause,
@@ -450,6 +451,17 @@ class FailingWrapper(Wrapper):
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self.stream)
         raise OSError("the wrapper has its own trouble")
+
+
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_scope_while_another_thread_imports_trio(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "trio", types.ModuleType("trio"))
+    async with serve("native", Connection.aclose) as service:
+        async with connect_tcp("127.0.0.1", service.port) as conn:
+            with pytest.raises(anyio.EndOfStream):
+                await conn.receive()
 
 
 @pytest.mark.parametrize("wrapper", [Wrapper, FailingWrapper])

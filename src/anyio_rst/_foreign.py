@@ -330,6 +330,15 @@ def _trio_exceptions_translated() -> Iterator[None]:
         raise anyio.BusyResourceError("using") from None
 
 
+def trio_class(name: str) -> type[object] | tuple[()]:
+    """For isinstance(): whoever has a stream of Trio's has imported it.
+
+    Another thread may be in the middle of that, and the name still be missing.
+    """
+    found: type[object] | tuple[()] = getattr(sys.modules.get("trio"), name, ())
+    return found
+
+
 def foreign(stream: object) -> tuple[ForeignStream, Attributes]:
     """*stream*, checked and ready to be armed, and its attributes.
 
@@ -341,8 +350,7 @@ def foreign(stream: object) -> tuple[ForeignStream, Attributes]:
       RuntimeError: it could not be reset on this platform.
     """
     adapted = stream
-    loaded_trio = sys.modules.get("trio")  # whoever has a stream of it has imported it
-    if loaded_trio is not None and isinstance(stream, loaded_trio.SocketStream):
+    if isinstance(stream, trio_class("SocketStream")):
         socket_stream = cast("trio.SocketStream", stream)
         adapted = TrioStream(socket_stream, socket_stream)
     if not isinstance(adapted, ByteStream):

@@ -484,7 +484,9 @@ async def serve_tcp(
 def _open_group() -> AbstractAsyncContextManager[TaskGroup | trio.Nursery]:
     """A place for the handlers: on Trio a nursery, in which a task costs half."""
     loaded_trio = sys.modules.get("trio")
-    if loaded_trio is not None and get_cancelled_exc_class() is loaded_trio.Cancelled:
+    # Another thread may be in the middle of importing it.
+    cancelled = getattr(loaded_trio, "Cancelled", None)
+    if loaded_trio is not None and get_cancelled_exc_class() is cancelled:
         nursery: AbstractAsyncContextManager[trio.Nursery]
         nursery = loaded_trio.open_nursery(strict_exception_groups=True)
         return nursery

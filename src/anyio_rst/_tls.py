@@ -6,7 +6,6 @@ AnyIO's `TLSStream` does the TLS.
 from __future__ import annotations
 
 import ssl
-import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +15,7 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-from ._foreign import ForeignStream, TrioStream, foreign
+from ._foreign import ForeignStream, TrioStream, foreign, trio_class
 from ._stream import RECEIVE_SIZE
 
 if TYPE_CHECKING:
@@ -147,8 +146,7 @@ def adopt(stream: object) -> tuple[ForeignStream, Mapping[Any, Callable[[], Any]
     if isinstance(tls, TLSStream) and isinstance(stream, ByteStream):
         under, attributes = foreign(tls.transport_stream)
         return SecureStream(stream, stream, tls, under), attributes
-    loaded_trio = sys.modules.get("trio")  # whoever has a stream of it has imported it
-    if loaded_trio is not None and isinstance(stream, loaded_trio.SSLStream):
+    if isinstance(stream, trio_class("SSLStream")):
         trio_tls = cast("TrioTLS", stream)
         below = trio_tls.transport_stream
         under, attributes = foreign(below)
