@@ -47,6 +47,13 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def interop(session: nox.Session) -> None:
+    """Measure what becomes of a reset in nginx and HAProxy, and what clients say."""
+    session.install(".", *group("interop"))
+    session.run("python", "-m", "interop.run", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite."""
     run_tests(session)

@@ -1,0 +1,171 @@
+"""interop/: that its judge and the page say what is so."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from socket import create_server
+from typing import TYPE_CHECKING
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from interop import clients, proxies, report, run  # noqa: E402
+from interop.results import (  # noqa: E402
+    ANSWERS,
+    CHUNKS,
+    HALF_FIN,
+    HALF_RST,
+    JUDGE,
+    ROUTES,
+    TLS_ROUTES,
+    Results,
+    Told,
+    load,
+)
+
+from serving import LONG  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OURS = ["direct", "proxy.py"]
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return load(report.RESULTS)
+
+
+def test_page_shows_the_results(results: Results) -> None:
+    assert report.PAGE.read_text() == report.written(results)
+
+
+def test_results_are_those_of_a_full_run(results: Results) -> None:
+    expected = [
+        (scheme, answer, route, client)
+        for scheme, routes in (("http", ROUTES), ("https", TLS_ROUTES))
+        for answer in ANSWERS
+        for route in routes
+        for client in clients.BY_SCHEME[scheme]
+    ]
+    found = [(c.scheme, c.answer, c.route, c.client) for c in results.cells]
+    assert found == expected
+    assert [row.route for row in results.upstream] == list(ROUTES)
+
+
+def test_results_say_nothing_of_the_machine(results: Results) -> None:
+    assert results.about["system"] == "Linux"
+    assert "/tmp" not in report.RESULTS.read_text()
+
+
+# What the paragraphs of the page say, which nothing writes anew.
+
+
+def test_only_our_own_proxy_passes_a_reset_on(results: Results) -> None:
+    found = results.find(HALF_RST)
+    for route in ROUTES:
+        said = {told.said for told in found[route, JUDGE].told}
+        assert ("RST" in said) is (route in OURS), route
+        assert len(said) == 1, route
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_who_notices(results: Results, route: str) -> None:
+    def noticed(answer: str) -> set[bool | None]:
+        found = results.find(answer)
+        names = [name for name in clients.BY_SCHEME["http"] if name != "nc"]
+        return {found[route, name].noticed for name in names}
+
+    assert noticed(HALF_FIN) == {False}
+    assert noticed(CHUNKS) == {True}
+    passes = route in OURS or route.startswith("nginx-http")
+    assert noticed(HALF_RST) == {passes}
+
+
+def test_over_tls_all_but_curl_insist_on_the_close_notify(results: Results) -> None:
+    found = results.find(HALF_RST, "https")
+    for route in TLS_ROUTES:
+        for name in clients.BY_SCHEME["https"]:
+            insists = route in OURS or name != "curl"
+            assert found[route, name].noticed is insists, (route, name)
+
+
+def test_what_the_origin_is_told(results: Results) -> None:
+    def always(end: str) -> list[str]:
+        return [end] * int(results.about["rounds"])
+
+    rows = {row.route: row for row in results.upstream}
+    resets = {route for route, row in rows.items() if row.of_reset == always("RST")}
+    assert resets == {
+        *OURS,
+        "haproxy-tcp",
+        "haproxy-nolinger",
+        "haproxy-abortonclose",
+    }
+    assert rows["nginx-stream"].of_reset == always("FIN")
+    all_of_it = rows["direct"].there_was
+    for told in rows["nginx-stream"].after_fin:
+        assert told.said == "FIN"
+        assert told.size != all_of_it
+    for route in ("nginx-http", "nginx-http-unbuffered"):
+        for told in rows[route].after_fin:
+            assert told.noticed is (told.size != all_of_it)
+    for told in rows["nginx-half-close"].after_fin:
+        assert told.size == all_of_it
+
+
+@contextmanager
+def answering(response: bytes, *, reset: bool) -> Iterator[str]:
+    """The URL of a plain socket that answers once, and ends the connection."""
+    with create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1000)
+                sock.sendall(response)
+                if reset:
+                    sock.setsockopt(*clients.RESET_ON_CLOSE)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        thread.join(LONG)
+        assert not thread.is_alive()
+
+
+CLOSE = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf"
+CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"
+LAST = b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "reset", "told"),
+    [
+        (CLOSE, False, Told("FIN", 4, noticed=False)),
+        (CLOSE, True, Told("RST", 4, noticed=True)),
+        (CHUNK, False, Told("FIN, last chunk missing", 4, noticed=True)),
+        (CHUNK, True, Told("RST, last chunk missing", 4, noticed=True)),
+        (CHUNK + LAST, False, Told("FIN, last chunk there", 4, noticed=False)),
+        (CHUNK + LAST, True, Told("RST, last chunk there", 4, noticed=False)),
+        (CLOSE[:9], False, Told("FIN", 0, noticed=True)),
+        (b"", True, Told("RST", 0, noticed=True)),
+    ],
+)
+def test_judge_sees_what_is_so(response: bytes, reset: bool, told: Told) -> None:
+    with answering(response, reset=reset) as url:
+        assert clients.by_socket(url, Path()) == told
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(proxies, "STREAM_MODULE", Path("/nowhere"))
+    with pytest.raises(SystemExit) as caught:
+        run.check_programs()
+    packages = "nginx haproxy curl wget netcat-openbsd openssl libnginx-mod-stream"
+    assert str(caught.value).endswith(f"on Debian: apt-get install {packages}")
