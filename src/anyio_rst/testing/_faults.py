@@ -66,7 +66,7 @@ class Faults:
         self._until_reset = size
         self._reset_if_due()
 
-    def take(self) -> None:
+    def _take(self) -> None:
         """They are for one connection.
 
         Raises:
@@ -76,12 +76,12 @@ class Faults:
             raise RuntimeError("these faults are those of another connection")
         self._taken = True
 
-    def wrap(self, sock: socket.socket) -> socket.socket:
+    def _wrap(self, sock: socket.socket) -> socket.socket:
         """*sock*, with these faults."""
         self._sock = _FaultySocket(sock, self._send)
         return self._sock
 
-    def start(self, peer: Peer) -> None:
+    def _start(self, peer: Peer) -> None:
         """*peer* is the one that resets, at once if that is due."""
         self._peer = peer
         self._reset_if_due()

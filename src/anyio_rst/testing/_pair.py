@@ -132,17 +132,17 @@ def open_peer(
     @asynccontextmanager
     async def opened() -> AsyncIterator[tuple[Connection, Peer]]:
         if faults is not None:
-            faults.take()
+            faults._take()
         sock, peers = _loopback(host, small_buffers=small_buffers)
         peer = Peer(peers)
         if faults is not None:
-            sock = faults.wrap(sock)
+            sock = faults._wrap(sock)
         connection = _connection(sock, types, drain)
         try:
             try:
                 await checkpoint()  # as in open_pair()
                 if faults is not None:
-                    faults.start(peer)
+                    faults._start(peer)
                 yield connection, peer
             except BaseException as exc:
                 if cause_of_exit(exc, types) is Cause.FINISH_ON:
