@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -101,6 +106,64 @@ def docs(session: nox.Session) -> None:
     # `nox -s docs -- linkcheck` asks the network whether the links to others are good.
     for name in session.posargs or ["html"]:
         session.run("sphinx-build", "-nW", "-b", name, "docs", f"docs/_build/{name}")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build what is published, and use it where there is nothing else; `-P 3.10`."""
+    session.install(*group("package"))
+    session.env["PYTHONPATH"] = None
+    files = session.run("git", "ls-files", external=True, silent=True)
+    with TemporaryDirectory() as directory:
+        # The wheel is built from the sdist.
+        session.run("python", "-m", "build", "--outdir", directory)
+        session.chdir(directory)
+        (sdist,) = Path().glob("*.tar.gz")
+        (wheel,) = Path().glob("*.whl")
+        session.run("twine", "check", "--strict", str(sdist), str(wheel))
+        check_contents(session, sdist, wheel, set(str(files).split()))
+
+        session.run("python", "-m", "venv", "venv")
+        python, pip, demo, pytest = (
+            str(Path("venv", "bin", name).absolute())
+            for name in ("python", "pip", "anyio-rst", "pytest")
+        )
+        session.run(pip, "install", "-q", str(wheel), external=True)
+        session.run(demo, "demo", "--loop", "asyncio", external=True)
+
+        source = sdist.name.removesuffix(".tar.gz")
+        program = Path("type_tests.py")
+        program.write_text(Path(source, "tests", program).read_text())
+        session.run("mypy", "--strict", "--python-executable", python, str(program))
+        session.run("pyright", "--pythonpath", python, str(program))
+
+        # The README to the letter: its programs, its demo, on all loops.
+        session.run(
+            pip, "install", "-q", f"{wheel}[trio,uvloop]", "pytest", external=True
+        )
+        session.chdir(source)
+        session.run(pytest, "tests/test_readme.py", "tests/test_api.py", external=True)
+
+
+def check_contents(
+    session: nox.Session, sdist: Path, wheel: Path, files: set[str]
+) -> None:
+    """All *files* are in the sdist, and those of the package, no others, in the wheel."""
+    with tarfile.open(sdist) as tar:
+        root = sdist.name.removesuffix(".tar.gz")
+        packed = {name.removeprefix(f"{root}/") for name in tar.getnames()}
+        tar.extractall(filter="data")
+    ours = {name for name in files if not name.startswith((".ci/", ".github/"))}
+    if wrong := packed ^ (ours | {"PKG-INFO"}):
+        session.error(f"missing from the sdist, or too much in it: {sorted(wrong)}")
+
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    info = f"{root}.dist-info"
+    metadata = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
+    ours = {name[len("src/") :] for name in files if name.startswith("src/")}
+    if wrong := packed ^ (ours | {f"{info}/{name}" for name in metadata}):
+        session.error(f"missing from the wheel, or too much in it: {sorted(wrong)}")
 
 
 @nox.session
