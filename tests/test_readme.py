@@ -61,7 +61,7 @@ def on(loop: str, program: str) -> str:
         "trio": ', backend="trio"',
     }
     changed, count = re.subn(
-        r"(?m)^( *anyio\.run\(.*)\)$", rf"\1{options[loop]})", program
+        r"(?m)^( *anyio\.run\(.*)\)(?=$|  #)", rf"\1{options[loop]})", program
     )
     assert count == 1
     return changed
@@ -133,6 +133,17 @@ def test_the_client_does_what_it_says(linger: int | None, verdict: str) -> None:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
             assert client.stdout is not None
             assert client.stdout.read() == f"{verdict}\n"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "trio"])
+@pytest.mark.parametrize("server", [GREETING, SCOPE, SERVER, GRACEFUL])
+def test_each_of_the_servers_answers_the_client(server: str, loop: str) -> None:
+    with running(on(loop, server)) as (port, process):
+        answer, _ = ask(port, process, "Ada")  # it serves
+        client = on(loop, CLIENT.replace("8000", str(port)))
+        command = [sys.executable, "-c", client]
+        told = subprocess.check_output(command, text=True, timeout=LONG)
+        assert told == f"complete: {answer!r}\n"
 
 
 def test_the_table_is_that_of_the_demo() -> None:
