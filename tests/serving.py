@@ -260,9 +260,9 @@ async def connection_of(
                 # The peer does what a client does while the connection drains.
                 async with anyio.create_task_group() as tg:
                     tg.start_soon(stack.pop_all().aclose)
-                    await peer.leave()
+                    await peer._leave()
     finally:
-        peer.leave_now()
+        peer._leave_now()
 
 
 async def assert_finished(

@@ -94,8 +94,6 @@ anyio_rst.testing.Peer.close()
 anyio_rst.testing.Peer.stop_reading()
 anyio_rst.testing.Peer.receive_exactly(size, *, timeout=10.0)
 anyio_rst.testing.Peer.read_to_end(*, timeout=10.0)
-anyio_rst.testing.Peer.leave()
-anyio_rst.testing.Peer.leave_now()
 anyio_rst.testing.Seen(data, close, elapsed=0.0): builtins.object
 anyio_rst.testing.Segment(direction, other_port, flags, sequence, length):
     builtins.object

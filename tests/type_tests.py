@@ -188,8 +188,6 @@ async def use_peer(port: int) -> Seen:
         assert_type(peer.stop_reading(), None)
         assert_type(peer.reset(), None)
         assert_type(peer.close(), None)
-        assert_type(await peer.leave(), None)
-        assert_type(peer.leave_now(), None)
     seen = await assert_fin(peer, b"", timeout=2)
     assert_type(seen, Seen)
     assert_type(seen.data, bytes)

@@ -210,14 +210,14 @@ class Peer:
             return None
         return PeerClose.RST if self._was_reset else PeerClose.FIN
 
-    async def leave(self) -> None:
+    async def _leave(self) -> None:
         """What a client does at the end: read it, and close."""
         if self.socket.fileno() != -1 and not self._stopped:
             with suppress(OSError, ClosedResourceError):
                 await self.read_to_end()
             self.close()
 
-    def leave_now(self) -> None:
+    def _leave_now(self) -> None:
         """The same without a checkpoint, when the end is here or on its way."""
         if self.socket.fileno() == -1:
             return

@@ -159,7 +159,7 @@ def open_peer(
             if _is_detached(connection):
                 peer.close()
             else:
-                peer.leave_now()
+                peer._leave_now()
 
     # It never swallows an exception, which its type would leave open.
     return cast("AbstractAsyncContextManager[tuple[Connection, Peer], None]", opened())
@@ -167,7 +167,7 @@ def open_peer(
 
 async def _leave(peer: Peer, connection: Connection) -> None:
     if not _is_detached(connection):
-        await peer.leave()
+        await peer._leave()
 
 
 def _is_detached(connection: Connection) -> bool:
