@@ -19,6 +19,8 @@ import pytest
 from test_pytest_plugin import ANYIO, CONFTEST
 from test_readme import ROOT, ask, connect, free_port, on, running
 
+import anyio_rst
+
 from serving import LONG
 
 DOCS = ROOT / "docs"
@@ -349,3 +351,9 @@ def test_how_twisted_tells_of_a_client_s_end() -> None:
             option = struct.pack("ii", 1, 0)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
         assert server.stdout.readline() == "ConnectionLost\n"
+
+
+def test_reference_has_every_public_name() -> None:
+    text = (DOCS / "reference.md").read_text()
+    found = re.findall(r"^\.\. auto(?!module)\w+:: (\w+)", text, re.MULTILINE)
+    assert sorted(found) == anyio_rst.__all__
