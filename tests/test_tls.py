@@ -33,7 +33,7 @@ from anyio_rst import (
     connection_scope,
     serve_tcp,
 )
-from anyio_rst.testing import assert_fin, assert_rst, open_peer
+from anyio_rst.testing import TCPFlag, assert_fin, assert_rst, open_peer
 
 from serving import (
     LONG,
@@ -285,6 +285,34 @@ async def test_whole_answer_reaches_a_client_that_is_still_uploading(
     assert (len(data), end) == (BIG, CLEAN)
     assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
     assert ending.discarded > 0
+
+
+async def test_close_notify_to_a_peer_that_has_closed_goes_out_with_the_fin(
+    wrapping: str, version: ssl.TLSVersion, rst_segments: Any
+) -> None:
+    """Sent by itself it is answered by an RST, and then there is no FIN to be sent."""
+    gone = anyio.Event()
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"x")
+        with pytest.raises(anyio.EndOfStream):
+            await conn.receive()
+        await gone.wait()
+
+    async with serve_tls(wrapping, handler) as service:
+        async with SecurePeer(service.port, version) as peer:
+            # Whatever the server sends for TLS itself comes before.
+            assert await anyio.to_thread.run_sync(peer.tls.recv, 10) == b"x"
+            peer.tls.setblocking(False)
+            with pytest.raises(ssl.SSLWantReadError):  # for ours, which it does not await
+                peer.tls.unwrap()
+        with rst_segments(service.port) as capture:
+            gone.set()
+            ending = await service.ending()
+            sent, *answers = capture.segments
+    assert (TCPFlag.FIN in sent.flags, sent.length > 0) == (True, True)
+    assert [TCPFlag.RST in answer.flags for answer in answers] == [True]
+    assert (ending.kind, ending.peer) == (CloseKind.FIN, PeerClose.FIN)
 
 
 async def test_cancellation_that_the_body_never_noticed_still_says_close_notify(

@@ -47,6 +47,10 @@ LOST_CLIENT_ERRNOS = frozenset(
     if hasattr(errno, name)
 )
 
+# Keep the last words for the segment of the FIN: send(2). A peer that has closed answers
+# a segment of their own with an RST, and that could come before the FIN is sent.
+MSG_MORE: int = getattr(socket, "MSG_MORE", 0)
+
 # Whether accepted sockets have the listening socket's SO_LINGER and TCP_NODELAY.
 # Measured on Linux; elsewhere each accepted socket is armed by itself.
 ACCEPTED_SOCKETS_INHERIT = sys.platform == "linux"

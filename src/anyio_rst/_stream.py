@@ -129,7 +129,7 @@ class EndableStream(SocketStream):
         """
         try:
             while last:
-                last = last[sock.send(last) :]
+                last = last[sock.send(last, _sockets.MSG_MORE) :]
         except BlockingIOError:
             self.mid_send = True
             return last
