@@ -747,7 +747,8 @@ def test_name_that_no_certificate_can_have(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resolve_to(monkeypatch, "127.0.0.1")
-    name = "a-\N{SNOWMAN}-"
+    # Not in IDNA 2008, which AnyIO uses, and too long for the 2003 of older ones.
+    name = 64 * "\N{SNOWMAN}"
     with serving(sees_reset) as port:
         assert __main__.main(["probe", name, str(port), "--tls"]) == 7
     line = f"anyio-rst probe: no certificate can be for {name!r}\n"
