@@ -284,7 +284,9 @@ async def test_whole_answer_reaches_a_client_that_is_still_uploading(
         ending = await service.ending()
     assert (len(data), end) == (BIG, CLEAN)
     assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
-    assert ending.discarded > 0
+    if wrapping not in ("wrapped", "buffered"):
+        # There asyncio's and uvloop's transports may have read all of it ahead.
+        assert ending.discarded > 0
 
 
 async def test_close_notify_to_a_peer_that_has_closed_goes_out_with_the_fin(
