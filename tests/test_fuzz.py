@@ -25,7 +25,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from ipaddress import IPv4Address
+from itertools import count, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 T = TypeVar("T")
 
 LOOPBACK = "127.0.0.1"
+
+numbers = count(1)
 
 # A batch takes longer than a script of the model, and one that hangs as long as it may:
 # that is not tried again and again to find a smaller one. The message has the input.
@@ -216,7 +219,7 @@ class Other:
         sock.settimeout(LONG)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
-        self.port: int = sock.getsockname()[1]
+        self.address: str = sock.getsockname()[0]
         self.fuzzed = fuzzed
         self.seen: Seen | None = None  # None also if it has reset
         self._was_reset = False
@@ -295,7 +298,9 @@ class Other:
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection((LOOPBACK, port), timeout=LONG)
+    # Each from an address of its own. The port of one that was reset may be used again.
+    source = str(IPv4Address("127.1.0.0") + next(numbers))
+    return socket.create_connection((LOOPBACK, port), LONG, (source, 0))
 
 
 def send_all(
@@ -361,8 +366,8 @@ def run(backend: str, function: Callable[[], Any]) -> None:
 @dataclass
 class Served:
     server: Server
-    endings: dict[int, Ending]
-    """By the port of the peer."""
+    endings: dict[str, Ending]
+    """By the address of the peer."""
 
 
 @asynccontextmanager
@@ -371,7 +376,7 @@ async def serving(handler: Handler, **options: Any) -> AsyncIterator[Served]:
 
     def on_ending(conn: Connection) -> None:
         assert conn.ending is not None
-        served.endings[conn.extra(SocketAttribute.remote_port)] = conn.ending
+        served.endings[str(conn.extra(SocketAttribute.remote_address)[0])] = conn.ending
 
     async with anyio.create_task_group() as tg:
         start = partial(serve_tcp, handler, host=LOOPBACK, on_ending=on_ending, **options)
@@ -443,7 +448,7 @@ async def attack_tls_server(
         await anyio.to_thread.run_sync(ask_securely, served.server.port)
     for other in others:
         assert other.seen is None or other.seen.close is PeerClose.RST, other.fuzzed
-        ending = served.endings.pop(other.port)
+        ending = served.endings.pop(other.address)
         assert ending.kind is CloseKind.RST
         assert isinstance(ending.outcome, outcome.Error)
         error = ending.outcome.error
@@ -731,7 +736,7 @@ async def attack_parser(parser: Parser, inputs: Sequence[Input]) -> None:
         (honest,) = await attack(served, [Input(parser.request)])
     assert honest.seen == parser.answer
     for other in others:
-        ending = served.endings[other.port]
+        ending = served.endings[other.address]
         if other.seen is not None:
             assert other.seen.close is not PeerClose.NONE, other.fuzzed
             assert other.seen.close.value == ending.kind.value, other.fuzzed
