@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -26,10 +28,18 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 GREETING, SCOPE, SERVER, GRACEFUL, CLIENT = BLOCKS
 
 
+# Below those that the kernel gives to whoever asks for any (ip_local_port_range), and for
+# each worker of the tests others.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = cycle(range(10000 + 2000 * WORKER, 12000 + 2000 * WORKER))
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
+    """A port that nobody has, nor gets before the program that it is for."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise AssertionError("PORTS never end")
 
 
 def connect(port: int, server: subprocess.Popen[str]) -> socket.socket:
