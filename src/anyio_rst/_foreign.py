@@ -331,7 +331,7 @@ def _trio_exceptions_translated() -> Iterator[None]:
 
 
 def trio_class(name: str) -> type[object] | tuple[()]:
-    """For isinstance(): whoever has a stream of Trio's has imported it.
+    """For isinstance() and `is`: whoever has one of Trio's has imported it.
 
     Another thread may be in the middle of that, and the name still be missing.
     """

@@ -34,6 +34,7 @@ from . import _sockets
 from ._connection import Connection, conclude, conclude_failed, cut_short
 from ._drain import DEFAULT_DRAIN, Drain, check_drain, check_seconds
 from ._ending import Cause, CloseKind, all_leaves, check_finish_on
+from ._foreign import trio_class
 from ._native import NativeStream
 from ._peer import ConnectionLost
 from ._scope import check_handler
@@ -483,12 +484,9 @@ async def serve_tcp(
 
 def _open_group() -> AbstractAsyncContextManager[TaskGroup | trio.Nursery]:
     """A place for the handlers: on Trio a nursery, in which a task costs half."""
-    loaded_trio = sys.modules.get("trio")
-    # Another thread may be in the middle of importing it.
-    cancelled = getattr(loaded_trio, "Cancelled", None)
-    if loaded_trio is not None and get_cancelled_exc_class() is cancelled:
+    if get_cancelled_exc_class() is trio_class("Cancelled"):
         nursery: AbstractAsyncContextManager[trio.Nursery]
-        nursery = loaded_trio.open_nursery(strict_exception_groups=True)
+        nursery = sys.modules["trio"].open_nursery(strict_exception_groups=True)
         return nursery
     return create_task_group()
 
