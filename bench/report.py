@@ -161,6 +161,7 @@ def summary(results: Results) -> str:
     body = [
         [workload.title, *(cell(name, loop) for loop in loops)]
         for name, workload in COMPARED.items()
+        if results.rows([name])
     ]
     return table(["AnyIO's listener / `serve_tcp`", *loops], body)
 

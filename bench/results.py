@@ -31,11 +31,13 @@ class Workload:
     title: str
     cost: str
     serves: str  # see contenders/__init__.py
-    load: str  # the arguments of load.c but for the port; {} is the amount
+    load: str  # the arguments of load/ but for the port; {} is the amount
     ending: str  # of every connection
     amount: int  # a round, in units
     quick: int
     unit: int = 1
+    # The load ends its connections after the measurement, and says then what it saw.
+    ends_later: bool = False
 
 
 def churn(title: str, serves: str, end: str, ending: str) -> Workload:
@@ -53,26 +55,29 @@ def window(size: int) -> Workload:
     return Workload(title, cost, "echo", f"window {{}} {size}", "fin", 2000, 400)
 
 
-def pingpong(title: str, connections: int) -> Workload:
-    cost, load = "µs CPU per round trip", f"pingpong {connections} {{}}"
-    return Workload(title, cost, "echo", load, "fin", 10_000, 2000)
+def messages(title: str, mode: str, connections: int, quick: int) -> Workload:
+    cost, load = "µs CPU per round trip", f"{mode} {connections} {{}}"
+    return Workload(title, cost, "echo", load, "fin", 10_000, quick, ends_later=True)
 
 
 def until_reset(title: str, cost: str) -> Workload:
     return Workload(title, cost, "echo", "reset {}", "rst", 5000, 500)
 
 
-CHURN_FIN, CHURN_RST = "churn-fin", "churn-rst"
+CHURN_FIN, CHURN_RST, CHURN_EOF = "churn-fin", "churn-rst", "churn-eof"
+PINGPONG_1, PINGPONG_100, LOCKSTEP_100 = "pingpong-1", "pingpong-100", "lockstep-100"
+ECHO, DOWNLOAD = "echo", "download"
 
 # Servers stay up, and take turns.
 IN_TURN = {
     CHURN_FIN: churn("message and FIN", "fin", "fin", "fin"),
     CHURN_RST: churn("message and RST", "rst", "rst", "rst"),
-    "churn-eof": churn("message, FIN by the client", "echo", "eof", "fin"),
-    "pingpong-1": pingpong("messages, 1 connection", 1),
-    "pingpong-100": pingpong("messages, 100 connections", 100),
-    "echo": stream("echo of a stream", "echo", "echo"),
-    "download": stream("download", "download", "download"),
+    CHURN_EOF: churn("message, FIN by the client", "echo", "eof", "fin"),
+    PINGPONG_1: messages("messages, 1 connection", "pingpong", 1, 1000),
+    PINGPONG_100: messages("messages, 100 clients", "pingpong", 100, 2000),
+    LOCKSTEP_100: messages("messages, 100 in lock-step", "lockstep", 100, 2000),
+    ECHO: stream("echo of a stream", "echo", "echo"),
+    DOWNLOAD: stream("download", "download", "download"),
 }
 # A new process for each measurement, which gives both: the memory with as many open, the
 # reset of twice as many.

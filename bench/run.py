@@ -135,7 +135,7 @@ class Server(Process):
 
 
 class Load(Process):
-    """load.c, ready to go."""
+    """The program in load/, ready to go."""
 
     def __init__(self, program: Path, server: Server, words: str, amount: int) -> None:
         mode, *numbers = words.format(amount).split()
@@ -199,10 +199,14 @@ class Bench:
         found = load.result()
         used = server.cpu() - before
         done = found["done"] / WORKLOADS[name].unit
+        endings = found
+        if WORKLOADS[name].ends_later:
+            load.write_line()
+            endings = load.result()
         if turn != WARM_UP_ROUND:
             rate = done / found["seconds"]
             load_cost = found["cpu"] * 1e6 / done
-            self._add(name, turn, server, found, used / 1000 / done, rate, load_cost)
+            self._add(name, turn, server, endings, used / 1000 / done, rate, load_cost)
 
     def _measure_reset(self, turn: int, server: Server) -> None:
         with Load(self._program, server, "churn {} 64 eof", WARM_UP) as load:
@@ -252,7 +256,7 @@ class Bench:
 
 def progress(what: str, turn: int, rounds: int) -> None:
     state = "warm-up" if turn == WARM_UP_ROUND else f"{turn + 1} of {rounds}"
-    print(f"\r{what:12}{state:12}", end="", file=sys.stderr, flush=True)
+    print(f"\r{what:14}{state:12}", end="", file=sys.stderr, flush=True)
 
 
 def compiled(directory: str) -> Path:
@@ -260,7 +264,8 @@ def compiled(directory: str) -> Path:
     if compiler is None:
         raise SystemExit("the load is a program in C, and there is no compiler (cc)")
     program = Path(directory, "load")
-    subprocess.run([compiler, "-O2", "-o", program, HERE / "load.c"], check=True)
+    sources = sorted((HERE / "load").glob("*.c"))
+    subprocess.run([compiler, "-O2", "-o", program, *sources], check=True)
     return program
 
 

@@ -1,0 +1,151 @@
+"""The programs of the benchmark, as a plain socket on the other side sees them."""
+
+from __future__ import annotations
+
+import select
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))
+
+from contenders import RESET_ON_CLOSE  # noqa: E402
+
+MESSAGE = 64
+CLIENTS = 3
+LATER = 0.2  # seconds, in which a message that is on its way would have come
+PATIENCE = 20.0
+
+
+@contextmanager
+def program(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def order(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+# The load: its two patterns.
+
+
+@pytest.fixture(scope="module")
+def load_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None or not hasattr(select, "epoll"):
+        pytest.skip("the load is a program in C for Linux")
+    result = tmp_path_factory.mktemp("load") / "load"
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    sources = sorted((BENCH / "load").glob("*.c"))
+    subprocess.run([compiler, *warnings, "-o", result, *sources], check=True)
+    return result
+
+
+def take(sock: socket.socket) -> bytes:
+    return sock.recv(MESSAGE, socket.MSG_WAITALL)
+
+
+def is_silent(sock: socket.socket) -> bool:
+    sock.settimeout(LATER)
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except TimeoutError:
+        return True
+    finally:
+        sock.settimeout(PATIENCE)
+    return False
+
+
+@contextmanager
+def connected(
+    load_program: Path, mode: str, amount: int
+) -> Iterator[tuple[list[socket.socket], subprocess.Popen[str]]]:
+    """The server's ends of the load's connections, with a message under way on each."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port, clients = str(listener.getsockname()[1]), str(CLIENTS)
+        load = stack.enter_context(
+            program(load_program, mode, port, clients, str(amount))
+        )
+        listener.settimeout(PATIENCE)
+        socks = [stack.enter_context(listener.accept()[0]) for _ in range(CLIENTS)]
+        for sock in socks:
+            sock.settimeout(PATIENCE)
+            sock.sendall(take(sock))  # the one that says that it is open
+        assert line(load) == "open"
+        order(load)
+        yield socks, load
+
+
+def test_clients_in_lock_step_wait_for_each_other(load_program: Path) -> None:
+    with connected(load_program, "lockstep", 2 * CLIENTS) as (socks, _):
+        messages = [take(sock) for sock in socks]
+        for sock, message in zip(socks[:-1], messages, strict=False):
+            sock.sendall(message)
+        assert is_silent(socks[0])
+        socks[-1].sendall(messages[-1])
+        assert all(take(sock) for sock in socks)
+
+
+def test_independent_clients_do_not_wait_for_each_other(load_program: Path) -> None:
+    with connected(load_program, "pingpong", 2 * CLIENTS) as (socks, _):
+        messages = [take(sock) for sock in socks]
+        socks[0].sendall(messages[0])
+        assert take(socks[0]) != messages[0]
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "pingpong"])
+def test_load_sees_the_endings_after_the_last_answer(
+    load_program: Path, mode: str
+) -> None:
+    with connected(load_program, mode, CLIENTS) as (socks, load):
+        for sock in socks:
+            sock.sendall(take(sock))
+        assert '"done": 3, "fin": 0, "rst": 0, "other": 0' in line(load)
+        assert is_silent(socks[0])  # not ended yet
+        order(load)
+        for sock in socks:
+            assert sock.recv(1) == b""
+        socks[0].setsockopt(*RESET_ON_CLOSE)
+        for sock in socks:
+            sock.close()
+        assert '"fin": 2, "rst": 1, "other": 0, "wrong": 0' in line(load)
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "pingpong"])
+def test_load_counts_an_end_before_the_answer_as_neither(
+    load_program: Path, mode: str
+) -> None:
+    with connected(load_program, mode, CLIENTS) as (socks, load):
+        take(socks[0])
+        socks[0].close()
+        for sock in socks[1:]:
+            sock.sendall(take(sock))
+        assert '"done": 2, "fin": 0, "rst": 0, "other": 1' in line(load)
+        order(load)
+        for sock in socks[1:]:
+            assert sock.recv(1) == b""
+            sock.close()
+        assert '"fin": 2, "rst": 0, "other": 1, "wrong": 0' in line(load)
