@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path.append(str(BENCH))
 
 import report  # noqa: E402
 from results import Measurement, Results, load  # noqa: E402
+from servers import CHECKED, CONTENDERS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,9 @@ def test_results_are_those_of_a_full_run_in_which_no_ending_was_wrong(
     results: Results,
 ) -> None:
     assert results.about["run"] == "full"
-    ours = [m for m in results.measurements if m.contender in ("anyio_rst", "scope")]
-    assert ours
-    assert all(m.is_right for m in ours)
+    checked = [m for m in results.measurements if m.contender in CHECKED]
+    assert checked
+    assert all(m.is_right for m in checked)
 
 
 def test_ratio_is_the_median_of_what_was_measured_side_by_side() -> None:
@@ -46,6 +48,19 @@ def test_ratio_is_the_median_of_what_was_measured_side_by_side() -> None:
     )
     assert ratio is not None
     assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 9.0)
+
+
+@pytest.mark.parametrize("contender", [*CHECKED, "node"])
+def test_wrong_ending_fails_the_run(
+    contender: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = CONTENDERS[contender].loops[0]
+    wrong = Measurement("churn-rst", contender, loop, 0, 1.0, fin=1, rst=9)
+    about = load(report.RESULTS).about
+    run = importlib.import_module("run")
+    monkeypatch.setattr(run, "measure", lambda *_, **__: Results(about, [wrong]))
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert run.main() == (1 if contender in CHECKED else 0)
 
 
 @pytest.mark.parametrize("workload", ["churn-fin", "churn-rst"])

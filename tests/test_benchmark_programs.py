@@ -20,6 +20,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
 from contenders import RESET_ON_CLOSE  # noqa: E402
+from servers import ANYIO_LOOPS, is_available  # noqa: E402
 
 MESSAGE = 64
 CLIENTS = 3
@@ -46,6 +47,52 @@ def order(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
+
+
+# The rules by hand: a comparison is worth something if both sides do what is compared.
+
+
+@contextmanager
+def client(
+    loop: str, workload: str
+) -> Iterator[tuple[socket.socket, subprocess.Popen[str]]]:
+    if not is_available("by_hand", loop):
+        pytest.skip(f"{loop} is not here")
+    with program(
+        sys.executable, BENCH / "servers.py", "by_hand", loop, workload
+    ) as server:
+        address = "127.0.0.1", int(line(server))
+        with socket.create_connection(address, timeout=PATIENCE) as sock:
+            sock.sendall(b"x" * MESSAGE)
+            assert sock.recv(MESSAGE, socket.MSG_WAITALL) == b"x" * MESSAGE
+            yield sock, server
+
+
+@pytest.mark.parametrize("loop", ANYIO_LOOPS)
+class TestByHand:
+    def test_failure_resets(self, loop: str) -> None:
+        with client(loop, "rst") as (sock, _), pytest.raises(ConnectionResetError):
+            sock.recv(1)
+
+    def test_cancellation_resets(self, loop: str) -> None:
+        with client(loop, "echo") as (sock, server):
+            order(server)
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+
+    def test_death_resets(self, loop: str) -> None:
+        with client(loop, "echo") as (sock, server):
+            server.kill()
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+
+    def test_fin_stays_a_fin_with_a_client_still_uploading(self, loop: str) -> None:
+        with client(loop, "fin") as (sock, _):
+            sock.sendall(b"x" * 100_000)
+            assert sock.recv(1) == b""
+            sock.sendall(b"x" * 100_000)  # an RST would answer this if it were closed
+            sock.shutdown(socket.SHUT_WR)
+            assert sock.recv(1) == b""
 
 
 # The load: its two patterns.

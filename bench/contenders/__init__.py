@@ -24,6 +24,8 @@ CHUNK = bytes(range(256)) * 256
 
 # For setsockopt(): a close discards what is unsent, and sends RST instead of FIN.
 RESET_ON_CLOSE = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+FIN_ON_CLOSE = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0)
+DRAIN = 5.0  # seconds, for the client's FIN
 
 
 class Failed(Exception):

@@ -1,4 +1,6 @@
-"""AnyIO's own listener, with and without a `connection_scope`, and `serve_tcp`."""
+"""`serve_tcp`, and AnyIO's own listener: plain, with a `connection_scope`, or with what
+that does written by hand.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskStatus
 
-from . import BACKLOG, CHUNK, HOST, RESET_ON_CLOSE, Failed, announce_port, announce_reset
+from . import (
+    BACKLOG,
+    CHUNK,
+    DRAIN,
+    FIN_ON_CLOSE,
+    HOST,
+    RESET_ON_CLOSE,
+    Failed,
+    announce_port,
+    announce_reset,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -84,7 +96,7 @@ async def serve_scope(workload: str, *, task_status: TaskStatus[int]) -> None:
 async def serve_plain(workload: str, *, task_status: TaskStatus[int]) -> None:
     handler = HANDLERS[workload]
 
-    async def by_hand(stream: SocketStream) -> None:
+    async def reset_failed(stream: SocketStream) -> None:
         async with stream:
             try:
                 await handler(stream)
@@ -94,7 +106,30 @@ async def serve_plain(workload: str, *, task_status: TaskStatus[int]) -> None:
                 stream.extra(SocketAttribute.raw_socket).setsockopt(*RESET_ON_CLOSE)
                 raise
 
-    await listen(by_hand, task_status)
+    await listen(reset_failed, task_status)
+
+
+async def serve_by_hand(workload: str, *, task_status: TaskStatus[int]) -> None:
+    handler = HANDLERS[workload]
+
+    async def armed(stream: SocketStream) -> None:
+        sock = stream.extra(SocketAttribute.raw_socket)
+        sock.setsockopt(*RESET_ON_CLOSE)
+        async with stream:
+            try:
+                await handler(stream)
+            except Failed:
+                return  # still armed, as with every other exception
+            sock.setsockopt(*FIN_ON_CLOSE)
+            await stream.send_eof()
+            with anyio.move_on_after(DRAIN):
+                try:
+                    async for _ in stream:
+                        pass
+                except anyio.BrokenResourceError:
+                    pass  # the client has reset it
+
+    await listen(armed, task_status)
 
 
 async def main(serve: Callable[..., Coroutine[Any, Any, None]], workload: str) -> None:
@@ -106,7 +141,12 @@ async def main(serve: Callable[..., Coroutine[Any, Any, None]], workload: str) -
 
 
 def run(contender: str, loop: str, workload: str) -> None:
-    serve = {"anyio_rst": serve_rst, "scope": serve_scope, "anyio": serve_plain}
+    serve = {
+        "anyio_rst": serve_rst,
+        "anyio": serve_plain,
+        "scope": serve_scope,
+        "by_hand": serve_by_hand,
+    }
     backend = "trio" if loop == "trio" else "asyncio"
     options: dict[str, Any] = {}
     if backend == "asyncio":
