@@ -50,7 +50,7 @@ NEW_PROCESS_ROUNDS = 5
 QUICK_NEW_PROCESS_ROUNDS = 1
 WARM_UP = 100  # connections, before memory is measured
 WARM_UP_ROUND = -1  # discarded
-POLL = 0.005  # seconds
+POLL = 0.003  # seconds
 PATIENCE = 30.0  # seconds
 
 # One core for the servers, another one for the load.
@@ -161,8 +161,7 @@ class Bench:
         with self._servers(self._rows, workloads[0]) as servers:
             for workload in workloads:
                 for turn, server in self._turns(workload, servers):
-                    quick = self._quick and turn != WARM_UP_ROUND  # compilers take time
-                    with self._load(workload, server, quick=quick) as load:
+                    with self._load(workload, server) as load:
                         self._measure(workload, turn, server, load)
 
     def flatness(self, workloads: list[str]) -> None:
@@ -172,7 +171,7 @@ class Bench:
             kept = []
             for workload in workloads:
                 for server in stack.enter_context(self._servers(rows, workload)):
-                    load = self._load(workload, server, quick=self._quick)
+                    load = self._load(workload, server)
                     kept.append((workload, server, stack.enter_context(load)))
             for turn, (workload, server, load) in self._turns("open", kept):
                 self._measure(workload, turn, server, load)
@@ -213,9 +212,9 @@ class Bench:
             load.write_line()
             load.result()
         before = server.memory()
-        with self._load(RESET, server, quick=self._quick) as load:
+        with self._load(RESET, server) as load:
             used = server.memory() - before
-            with self._load(RESET, server, quick=self._quick) as second:
+            with self._load(RESET, server) as second:
                 server.write_line()
                 start = float(server.read_line())
                 halves = load.result(), second.result()
@@ -248,9 +247,9 @@ class Bench:
                 server.wait_until_it_listens()
             yield servers
 
-    def _load(self, name: str, server: Server, *, quick: bool) -> Load:
+    def _load(self, name: str, server: Server) -> Load:
         workload = WORKLOADS[name]
-        amount = workload.quick if quick else workload.amount
+        amount = workload.quick if self._quick else workload.amount
         return Load(self._program, server, workload.load, amount * workload.unit)
 
 
@@ -316,7 +315,7 @@ def measure(rows: list[Row], chosen: list[str], *, quick: bool) -> Results:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare servers.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="a minute or so, and less exact")
+    add("--quick", action="store_true", help="a minute and a half, and less exact")
     add("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     add("--loops", nargs="+", choices=LOOPS, default=LOOPS)
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
