@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import chart
 from results import FLATNESS, IN_TURN, UNTIL_RESET, WORKLOADS, base, load
-from servers import CONTENDERS, RULES, title
+from servers import ANYIO_LOOPS, CONTENDERS, RULES, title
+from targets import COMPARISONS, verdicts
 
 if TYPE_CHECKING:
     from results import Results, Row, Spread
+    from targets import Verdict
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -24,6 +26,13 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
 
 COMPARED = IN_TURN | UNTIL_RESET
+
+# Shown side by side; where the ratio is above 1, the first is cheaper.
+PAIRS = (
+    ("`serve_tcp` and AnyIO's own listener", "anyio_rst", "anyio"),
+    ("A scope around AnyIO's stream, and the plain stream", "scope", "anyio"),
+    ("A scope, and what it does written by hand", "scope", "by_hand"),
+)
 
 
 def number(value: float) -> str:
@@ -121,6 +130,36 @@ def flatness(results: Results) -> str:
     return table(["", *head], body)
 
 
+def against_target(found: Verdict | None) -> str:
+    if found is None:
+        return ""
+    text = f"{found.measured:.2f} ({found.target:.2f})"
+    return text if found.reached else f"**{text}**"
+
+
+def targets(results: Results) -> list[str]:
+    """What the ratios are, beside what they are to be."""
+    tables = []
+    judged = []
+    for comparison in COMPARISONS:
+        found = verdicts(results, comparison)
+        judged += [each for row in found.values() for each in row.values() if each]
+        names = (CONTENDERS[name].title for name in (comparison.one, comparison.other))
+        head = f"{' / '.join(names)}, {comparison.bound}"
+        body = [
+            [COMPARED[workload].title, *map(against_target, row.values())]
+            for workload, row in found.items()
+        ]
+        tables += [table([head, *ANYIO_LOOPS], body)] if body else []
+    missed = sum(not each.reached for each in judged)
+    text = (
+        "The median of each ratio of CPU time (of the reset, of time; of the memory, of "
+        "size), in parentheses the target, and **in bold** what misses it: "
+        f"{missed} of {len(judged)}."
+    )
+    return [text, *tables] if tables else []
+
+
 def endings(results: Results) -> str:
     total = sum(m.fin + m.rst + m.other for m in results.measurements)
     seen = f"The clients saw {total:,} connections end"
@@ -139,10 +178,11 @@ def tables(results: Results) -> str:
         f"Reset: {about['reset']} connections; memory: with {about['memory']} open.",
         endings(results),
     ]
-    if found := pairs(results, "anyio_rst", "anyio"):
-        parts += ["### `serve_tcp` and AnyIO's own listener", *found]
-    if found := pairs(results, "anyio", "scope"):
-        parts += ["### A scope around AnyIO's streams", *found]
+    if found := targets(results):
+        parts += ["### Targets", *found]
+    for heading, one, other in PAIRS:
+        if found := pairs(results, one, other):
+            parts += [f"### {heading}", *found]
     if results.rows(COMPARED):
         parts += ["### Everybody", everybody(results), rules(results)]
     if results.rows(FLATNESS):

@@ -13,8 +13,9 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
 import report  # noqa: E402
-from results import Measurement, Results, load  # noqa: E402
-from servers import CHECKED, CONTENDERS  # noqa: E402
+from results import ROWS, WORKLOADS, Measurement, Results, load  # noqa: E402
+from servers import ANYIO_LOOPS, CHECKED, CONTENDERS  # noqa: E402
+from targets import COMPARISONS, Comparison, verdict  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,63 @@ def test_ratio_is_the_median_of_what_was_measured_side_by_side() -> None:
     )
     assert ratio is not None
     assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 9.0)
+
+
+def test_scope_is_compared_with_the_plain_stream_and_the_rules_by_hand() -> None:
+    compared = {(c.one, c.other) for c in COMPARISONS}
+    assert {("anyio", "scope"), ("scope", "anyio"), ("scope", "by_hand")} <= compared
+    assert ("anyio", "anyio_rst") in compared
+    for comparison in COMPARISONS:
+        for contender in (comparison.one, comparison.other):
+            assert {(contender, loop) for loop in ANYIO_LOOPS} <= set(ROWS)
+        assert comparison.targets.keys() <= WORKLOADS.keys()
+
+
+def test_contenders_that_are_compared_take_turns_one_after_the_other() -> None:
+    turns = list(CONTENDERS)
+    for comparison in COMPARISONS:
+        assert abs(turns.index(comparison.one) - turns.index(comparison.other)) == 1
+
+
+@pytest.mark.parametrize(
+    ("bound", "cost", "reached"),
+    [
+        ("at least", 19.0, True),
+        ("at least", 18.9, False),
+        ("at most", 19.0, True),
+        ("at most", 19.1, False),
+    ],
+)
+def test_target_that_is_missed_stands_out(bound: str, cost: float, reached: bool) -> None:
+    comparison = Comparison("anyio", "scope", bound, {"pingpong-1": (1.9, 1.2, 1.0)})
+    results = Results(
+        {},
+        [
+            Measurement("pingpong-1", "anyio", "asyncio", 0, cost),
+            Measurement("pingpong-1", "scope", "asyncio", 0, 10.0),
+        ],
+    )
+    found = verdict(results, comparison, "pingpong-1", "asyncio")
+    assert found is not None
+    assert (found.measured, found.target) == (round(cost / 10, 2), 1.9)
+    assert found.reached is reached
+    assert verdict(results, comparison, "pingpong-1", "trio") is None
+    text = f"{found.measured:.2f} (1.90)"
+    assert report.against_target(found) == (text if reached else f"**{text}**")
+
+
+def test_report_counts_the_targets_that_are_missed(results: Results) -> None:
+    found = [
+        verdict(results, comparison, workload, loop)
+        for comparison in COMPARISONS
+        for workload in comparison.targets
+        for loop in ANYIO_LOOPS
+    ]
+    judged = [each for each in found if each is not None]
+    missed = [each for each in judged if not each.reached]
+    text, *tables = report.targets(results)
+    assert text.endswith(f": {len(missed)} of {len(judged)}.")
+    assert sum(table.count("**") for table in tables) == 2 * len(missed)
 
 
 @pytest.mark.parametrize("contender", [*CHECKED, "node"])
