@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from anyio_rst import __main__, _demo
+from anyio_rst import __main__
+from anyio_rst.commands import demo
+from anyio_rst.commands._demo_cases import HTTP_WAYS, WAYS, Way
+from anyio_rst.commands._demo_clients import Seen, is_true, see_by_socket
+from anyio_rst.commands._demo_servers import OURS, PLAIN, running_server
 
 # Only a demo that hangs takes so long.
 LONG = 120
 
 LOOPS = ["asyncio", "uvloop", "trio"]
 
-RAISES = next(way for way in _demo.WAYS if way.name == "raises an exception")
+RAISES = next(way for way in WAYS if way.name == "raises an exception")
 
 
 def table(output: str) -> dict[str, list[str]]:
@@ -48,7 +52,7 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
 
     with_curl = shutil.which("curl") is not None
     assert ("curl is not installed" in done.stdout) is not with_curl
-    ways = [*_demo.WAYS, *(_demo.HTTP_WAYS if with_curl else ())]
+    ways = [*WAYS, *(HTTP_WAYS if with_curl else ())]
     rows = table(done.stdout)
     assert list(rows) == [way.name for way in ways]
     for way in ways:
@@ -58,7 +62,7 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
         if way.finishes:
             size = f"{len(way.answer):,}"
             assert seen == f"{size} of {size} B, FIN"
-        elif way in _demo.WAYS:
+        elif way in WAYS:
             assert seen.endswith(", RST")
         else:
             assert re.search(", exit [1-9]", seen)
@@ -73,22 +77,20 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
 @pytest.fixture
 def only_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough where it matters what the demo makes of its rows, not what they are."""
-    monkeypatch.setattr(_demo, "WAYS", (RAISES,))
-    monkeypatch.setattr(_demo, "HTTP_WAYS", ())
+    monkeypatch.setattr(demo, "WAYS", (RAISES,))
+    monkeypatch.setattr(demo, "HTTP_WAYS", ())
 
 
 @pytest.mark.usefixtures("only_one_way")
 def test_lie_of_anyio_rst_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    running_server = _demo.running_server
-
     def plain_on_both_sides(
-        loop: str, side: str, way: _demo.Way
+        loop: str, side: str, way: Way
     ) -> AbstractContextManager[subprocess.Popen[str]]:
-        return running_server(loop, _demo.PLAIN, way)
+        return running_server(loop, PLAIN, way)
 
-    monkeypatch.setattr(_demo, "running_server", plain_on_both_sides)
+    monkeypatch.setattr(demo, "running_server", plain_on_both_sides)
     assert __main__.main(["demo"]) == 1
     output = capsys.readouterr().out
     assert table(output) == {RAISES.name: ["1,000 of 2,000 B, FIN", "LIE"] * 2}
@@ -109,22 +111,22 @@ def test_lie_of_anyio_rst_is_exit_status_1(
     ],
 )
 def test_truth(claimed: bool, finished: bool, whole: bool, true: bool) -> None:
-    assert _demo.is_true(claimed=claimed, finished=finished, whole=whole) is true
+    assert is_true(claimed=claimed, finished=finished, whole=whole) is true
 
 
-@pytest.mark.parametrize("liar", [_demo.PLAIN, _demo.OURS])
+@pytest.mark.parametrize("liar", [PLAIN, OURS])
 def test_one_lie_of_anyio_rst_among_truths_is_exit_status_1(liar: str) -> None:
-    truth, lie = _demo.Seen("", true=True), _demo.Seen("", true=False)
-    truths = {_demo.PLAIN: truth, _demo.OURS: truth}
-    assert _demo.exit_status([truths]) == 0
+    truth, lie = Seen("", true=True), Seen("", true=False)
+    truths = {PLAIN: truth, OURS: truth}
+    assert demo.exit_status([truths]) == 0
     rows = [truths, {**truths, liar: lie}, truths]
-    assert _demo.exit_status(rows) == (1 if liar == _demo.OURS else 0)
+    assert demo.exit_status(rows) == (1 if liar == OURS else 0)
 
 
 def test_without_curl_its_part_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_demo, "WAYS", (RAISES,))
+    monkeypatch.setattr(demo, "WAYS", (RAISES,))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert __main__.main(["demo"]) == 0
     output = capsys.readouterr().out
@@ -168,9 +170,9 @@ def test_wrong_command_line_is_an_error(
 
 
 def test_server_that_does_not_start_is_told() -> None:
-    missing = _demo.Way("is not there", RAISES.handler)
+    missing = Way("is not there", RAISES.handler)
     with pytest.raises(RuntimeError, match=r"is gone:\n(.*\n)+.*StopIteration"):
-        _demo.measure("asyncio", missing)
+        demo.measure("asyncio", missing, see_by_socket)
 
 
 def test_console_script() -> None:

@@ -49,10 +49,10 @@ from anyio_rst import (
     Ending,
     PeerClose,
     Server,
-    _demo,
     connect_tcp,
     serve_tcp,
 )
+from anyio_rst.commands import _demo_cases, _demo_clients, _demo_servers
 
 import download
 from serving import LONG, Handler, Seen
@@ -585,7 +585,7 @@ def not_running() -> Iterator[list[Any]]:
 def demonstrate(way: str) -> Handler:
     """What a server of the demo runs for each connection."""
     with not_running() as kept:
-        _demo.serve("asyncio", _demo.OURS, way)
+        _demo_servers.serve("asyncio", _demo_servers.OURS, way)
     handler: Handler = kept[0][-1]
     return handler
 
@@ -631,12 +631,15 @@ class Parser:
     """To that request."""
 
 
-HALF_OF_IT = Seen(_demo.HALF, PeerClose.RST)
+HALF_OF_IT = Seen(_demo_cases.HALF, PeerClose.RST)
 LINES = (b"Ada\n", b"\r\n", b"\0", b"\xff")
 
 PARSERS = {
     "demo: returns": Parser(
-        partial(demonstrate, "returns"), LINES, b"?", Seen(_demo.ANSWER, PeerClose.FIN)
+        partial(demonstrate, "returns"),
+        LINES,
+        b"?",
+        Seen(_demo_cases.ANSWER, PeerClose.FIN),
     ),
     "demo: raises": Parser(
         partial(demonstrate, "raises an exception"), LINES, b"?", HALF_OF_IT
@@ -753,8 +756,8 @@ def test_fuzzed_client_of_a_program_gets_an_end(backend: str, parser: str) -> No
     holds()
 
 
-answers = st.just(_demo.ANSWER) | st.just(_demo.HALF) | texts(LINES)
-WAYS = {way.name: way for way in _demo.WAYS}
+answers = st.just(_demo_cases.ANSWER) | st.just(_demo_cases.HALF) | texts(LINES)
+WAYS = {way.name: way for way in _demo_cases.WAYS}
 
 
 @settings(PROFILE)
@@ -769,7 +772,7 @@ WAYS = {way.name: way for way in _demo.WAYS}
     ),
 )
 def test_client_of_the_demo_tells_what_a_fuzzed_server_did(
-    way: _demo.Way, fuzzed: Input
+    way: _demo_cases.Way, fuzzed: Input
 ) -> None:
     def answer() -> None:
         with listener.accept()[0] as sock:
@@ -787,12 +790,12 @@ def test_client_of_the_demo_tells_what_a_fuzzed_server_did(
         thread = threading.Thread(target=answer)
         thread.start()
         with closing(cast("Any", server.stdout)):
-            seen = _demo.see_by_socket(way, cast("Any", server))
+            seen = _demo_clients.see_by_socket(way, cast("Any", server))
         thread.join()
     data = b"".join(fuzzed.pieces())
-    size, whole = len(data), len(_demo.ANSWER)
+    size, whole = len(data), len(_demo_cases.ANSWER)
     assert seen.text == f"{size:,} of {whole:,} B, {fuzzed.end.value}"
     if fuzzed.end is End.RST:
         assert seen.true is not way.finishes
     else:
-        assert seen.true is (way.finishes and data == _demo.ANSWER)
+        assert seen.true is (way.finishes and data == _demo_cases.ANSWER)

@@ -6,7 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from . import _demo, _probe
+from . import _probe
+from .commands import demo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="anyio-rst", description="TCP connections that end truthfully."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
+    demo_parser = commands.add_parser(
         "demo",
         help="show how each way out of a handler ends, without and with anyio_rst",
-        description=_demo.__doc__,
+        description=demo.__doc__,
     )
-    _demo.add_arguments(demo)
-    demo.set_defaults(run=_demo.run)
+    demo.add_arguments(demo_parser)
+    demo_parser.set_defaults(run=demo.run)
     probe = commands.add_parser(
         "probe",
         help="show how a server ends its connections",

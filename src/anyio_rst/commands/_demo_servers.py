@@ -1,0 +1,108 @@
+"""The servers of the demo: each a process, whose handler takes one way out."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio.abc import ByteStream, SocketAttribute
+
+from anyio_rst._serve import serve_tcp
+
+from ._demo_cases import HTTP_WAYS, WAYS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anyio.abc import TaskStatus
+
+    from ._demo_cases import Handler, Way
+
+# AnyIO's name of the backend, and its options, for each --loop.
+LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+LOOPBACK = "127.0.0.1"
+
+# Seconds that a server lives when the demo itself was killed, and cannot kill it.
+LIFETIME = 60
+
+
+async def serve_plainly(handler: Handler, *, task_status: TaskStatus[int]) -> None:
+    """Serve as one does with AnyIO alone."""
+
+    async def serve_one(stream: ByteStream) -> None:
+        with suppress(Exception):  # it costs one connection, as with serve_tcp()
+            async with stream:
+                await handler(stream)
+
+    async with await anyio.create_tcp_listener(local_host=LOOPBACK) as listener:
+        task_status.started(listener.extra(SocketAttribute.local_port))
+        await listener.serve(serve_one)
+
+
+async def serve_truthfully(handler: Handler, *, task_status: TaskStatus[int]) -> None:
+    """Serve with anyio_rst."""
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(partial(serve_tcp, handler, host=LOOPBACK))
+        task_status.started(server.port)
+
+
+PLAIN = "plain AnyIO"
+OURS = "anyio_rst"
+SIDES = {PLAIN: serve_plainly, OURS: serve_truthfully}
+
+
+def serve(loop: str, side: str, way: str) -> None:
+    """What the process of a server runs: print its port, then serve *way*."""
+    way_out = next(each.handler for each in (*WAYS, *HTTP_WAYS) if each.name == way)
+
+    async def handler(stream: ByteStream) -> None:
+        # With no request to wait for, an RST could be there before the connect() of
+        # the client has returned, and make that fail.
+        await stream.receive()
+        await way_out(stream)
+
+    backend, options = LOOPS[loop]
+    anyio.run(
+        serve_until_sigterm, side, handler, backend=backend, backend_options=options
+    )
+
+
+async def serve_until_sigterm(side: str, handler: Handler) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tg:
+            print(await tg.start(SIDES[side], handler), flush=True)
+            with anyio.move_on_after(LIFETIME):
+                await anext(signals)
+            tg.cancel_scope.cancel()
+
+
+@contextmanager
+def running_server(loop: str, side: str, way: Way) -> Iterator[subprocess.Popen[str]]:
+    """A process in which one side serves *way*. It is killed at the end.
+
+    What it says of the failures, which are deliberate, stays in a pipe.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-m", __name__, loop, side, way.name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
