@@ -30,7 +30,10 @@ import pytest
 import trustme
 from test_readme import GREETING, connect, running
 
-from anyio_rst import __main__, _probe
+from anyio_rst import __main__
+from anyio_rst.commands import _probe_connect
+from anyio_rst.commands import probe as command
+from anyio_rst.commands._probe_report import End, Report
 
 from serving import LONG
 
@@ -104,7 +107,7 @@ def probe(
     run = run_here(argv) if stdin is None else run_program(argv, stdin)
     assert run.out.count("\n") == 1
     report: dict[str, Any] = json.loads(run.out)
-    assert list(report) == [field.name for field in dataclasses.fields(_probe.Report)]
+    assert list(report) == [field.name for field in dataclasses.fields(Report)]
     assert report["exit_status"] == run.status == status
     if report["end_seconds"] is None:
         assert run.err == f"anyio-rst probe: {report['error']}\n"
@@ -375,7 +378,7 @@ def test_end_before_the_connect_has_returned_is_no_refusal(
         assert await anyio.to_thread.run_sync(over.wait, LONG)
         await anyio.wait_writable(sock)
 
-    monkeypatch.setattr(_probe, "wait_writable", wait_writable)
+    monkeypatch.setattr(_probe_connect, "wait_writable", wait_writable)
     with serving(behave) as port:
         status = __main__.main(["probe", "127.0.0.1", str(port), "--json"])
     report = json.loads(capsys.readouterr().out)
@@ -509,7 +512,7 @@ def test_addresses_are_tried_in_their_order(
         "sent           0 bytes",
         "received       1 bytes, the first after N s",
         "end            FIN after N s",
-        f"verdict        {_probe.End.FIN.verdict}",
+        f"verdict        {End.FIN.verdict}",
     ]
 
 
@@ -825,7 +828,7 @@ def test_ctrl_c_before_there_is_a_connection(
     def interrupt(*_: object) -> list[Any]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_probe, "resolve", interrupt)
+    monkeypatch.setattr(command, "resolve", interrupt)
     assert __main__.main(["probe", "example.org", "80"]) == 130
     assert capsys.readouterr() == ("", "anyio-rst probe: interrupted\n")
 
@@ -914,7 +917,7 @@ def test_nothing_but_asyncio_is_needed() -> None:
 
 def test_table_of_exit_statuses_is_that_of_the_code() -> None:
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", DOCS, re.MULTILINE)
-    assert rows == [(str(end.status), end.name) for end in _probe.End]
+    assert rows == [(str(end.status), end.name) for end in End]
 
 
 def test_table_of_keys_is_that_of_the_code() -> None:
@@ -924,7 +927,7 @@ def test_table_of_keys_is_that_of_the_code() -> None:
         for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
         for key in re.findall(r"`(\w+)`", cell)
     ]
-    assert keys == [field.name for field in dataclasses.fields(_probe.Report)]
+    assert keys == [field.name for field in dataclasses.fields(Report)]
 
 
 def without_times(output: str) -> str:

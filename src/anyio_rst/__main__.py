@@ -6,8 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from . import _probe
-from .commands import demo
+from .commands import demo, probe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
-    probe = commands.add_parser(
+    probe_parser = commands.add_parser(
         "probe",
         help="show how a server ends its connections",
-        description=_probe.__doc__,
+        description=probe.__doc__,
     )
-    _probe.add_arguments(probe)
-    probe.set_defaults(run=_probe.run)
+    probe.add_arguments(probe_parser)
+    probe_parser.set_defaults(run=probe.run)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

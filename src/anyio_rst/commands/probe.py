@@ -1,0 +1,199 @@
+"""`probe`: how a server ends its connections.
+
+Connect, send what there is to send, read to the end, and tell what that was: FIN, RST,
+TLS with or without a close_notify, or nothing of that in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import sys
+from argparse import ArgumentTypeError
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from functools import partial
+from io import FileIO
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import BrokenResourceError, EndOfStream, move_on_after
+
+from anyio_rst._connection import Connection, arm
+from anyio_rst._drain import Drain
+from anyio_rst._peer import PeerClose
+
+from ._probe_connect import client_context, connect, resolve, secure
+from ._probe_conversation import Conversation, Unreadable
+from ._probe_report import End, Failure, Report, reason_of, rounded, show
+
+if TYPE_CHECKING:
+    import argparse
+
+# Seconds that a server has, after its close_notify, to end TCP before it gets ours. If
+# that came while it is closing, the close would reset the connection: our doing.
+QUIET = 0.5
+
+# The longest --timeout, in seconds.
+DAY = 86400.0
+
+# The exit status of a command line that cannot be run, as argparse has it.
+USAGE = 2
+
+
+async def probe(
+    addresses: list[Any], source: FileIO | None, report: Report, *, half_close: bool
+) -> None:
+    """Connect, talk, and conclude *report*.
+
+    Raises:
+      Failure: there was no conversation.
+      Unreadable: *source* failed.
+    """
+    context = client_context() if report.tls else None  # before the clock runs
+    stream = await connect(addresses, report)
+    drain = Drain(timeout=report.timeout_seconds)
+    async with Connection(stream, finish_on=(), drain=drain) as conn:
+        arm(conn)
+        if context is not None:
+            await secure(conn, stream, context, report)
+        conversation = Conversation(conn, stream, report)
+        await conversation.run(source, half_close=half_close)
+        if report.end == End.CLOSE_NOTIFY.name:
+            with move_on_after(QUIET), suppress(EndOfStream, BrokenResourceError):
+                while True:
+                    await stream.receive()
+        # Now, since our own close_notify is answered by an RST if it comes to nobody.
+        if stream.peer is not PeerClose.NONE:
+            report.tcp_ended(stream.peer, conversation.elapsed())
+        if report.end == End.SILENCE.name or report.sent_all is False:
+            conn.abort()  # a FIN would tell the server that this is all right
+    assert conn.ending is not None
+    if report.tcp_end is None and conn.ending.peer is not PeerClose.NONE:
+        report.tcp_ended(conn.ending.peer, conversation.elapsed())
+
+
+# The command.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("host", metavar="HOST", type=host_name, help="name or address")
+    parser.add_argument("port", metavar="PORT", type=port_number, help="TCP port")
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="speak TLS, and check the certificate for HOST",
+    )
+    parser.add_argument(
+        "--send",
+        metavar="FILE",
+        help="send what is in FILE, or comes from the standard input if it is -",
+    )
+    parser.add_argument(
+        "--half-close",
+        action="store_true",
+        help="send a FIN behind that, for servers that wait for one (not with --tls)",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="S",
+        type=seconds,
+        default=10.0,
+        help="give up after S seconds without progress (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of lines"
+    )
+    statuses = ", ".join(f"{end.status} {end.name}" for end in End)
+    parser.epilog = f"Exit status: {statuses}; {USAGE} wrong usage."
+
+
+def host_name(text: str) -> str:
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if not host:
+        raise ArgumentTypeError("must not be empty")
+    return host
+
+
+def port_number(text: str) -> int:
+    try:
+        port = int(text)
+    except ValueError:
+        port = 0
+    if not 1 <= port <= 65535:
+        raise ArgumentTypeError(f"must be a number from 1 to 65535, not {text!r}")
+    return port
+
+
+def seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= DAY:
+        raise ArgumentTypeError(
+            f"must be a number of seconds above 0, and a day at most, not {text!r}"
+        )
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the probe.
+
+    Returns:
+      The exit status: that of an :class:`End`, or 2.
+    """
+    report = Report(arguments.host, arguments.port, arguments.tls, arguments.timeout)
+    if arguments.tls and arguments.half_close:
+        complain("--half-close is not for --tls: no half-close there")
+        return USAGE
+    try:
+        with ExitStack() as stack:
+            source = None
+            if arguments.send is not None:
+                source = stack.enter_context(open_source(arguments.send))
+            anyio.run(
+                partial(
+                    probe,
+                    resolve(report),
+                    source,
+                    report,
+                    half_close=arguments.half_close,
+                ),
+                backend="asyncio",
+            )
+    except Unreadable as exc:
+        complain(f"cannot read {arguments.send}: {exc}")
+        return USAGE
+    except Failure as exc:
+        report.conclude(exc.end, str(exc))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        # AnyIO has its own way for Ctrl-C before Python 3.11, and that ends in this.
+        report.conclude(End.INTERRUPTED)
+    if arguments.json:
+        print(json.dumps(rounded(asdict(report))))
+    elif report.end_seconds is not None:
+        show(report)
+    if report.end_seconds is None:
+        complain(report.error or "interrupted")
+    assert report.exit_status is not None
+    return report.exit_status
+
+
+def open_source(name: str) -> FileIO:
+    """What is to be sent, opened before there is a socket to get its descriptor.
+
+    Raises:
+      Unreadable: there is none.
+    """
+    try:
+        if name == "-":
+            return FileIO(0, closefd=False)
+        return FileIO(name)
+    except OSError as exc:
+        raise Unreadable(reason_of(exc)) from exc
+
+
+def complain(line: str) -> None:
+    print(f"anyio-rst probe: {line}", file=sys.stderr)
