@@ -9,11 +9,12 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import select
 import socket
 import struct
 import termios
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ import anyio.lowlevel
 import anyio.to_thread
 import outcome
 import trio
+from anyio.abc import SocketAttribute
+from anyio.lowlevel import checkpoint
 from anyio.streams.buffered import BufferedByteStream
 
 from anyio_rst import (
@@ -319,11 +322,12 @@ def fill_buffers(raw: Any) -> int:
     with socket.socket(fileno=os.dup(raw.fileno())) as sock:
         # Set by hand, it does not grow by itself: tcp(7), tcp_wmem.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+        sock.setblocking(False)
         filled = 0
         in_flight = True  # something that makes room again when it arrives
         while True:
             try:
-                filled += sock.send(bytes(2**16), socket.MSG_DONTWAIT)
+                filled += sock.send(bytes(2**16))
             except BlockingIOError:
                 if not in_flight:
                     return filled
@@ -361,3 +365,84 @@ def value_of(ending: Ending) -> object:
 def error_of(ending: Ending) -> BaseException:
     assert isinstance(ending.outcome, outcome.Error)
     return ending.outcome.error
+
+
+# Streams to take a socket over from, and the moment at which.
+
+
+async def stream_and_peer(owner: str = "anyio", **options: Any) -> tuple[Any, Peer]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = Peer(listener.getsockname()[1], **options)
+        sock, _ = listener.accept()
+    if owner == "trio":
+        return trio.SocketStream(trio.socket.from_stdlib_socket(sock)), peer
+    stream = await anyio.abc.SocketStream.from_socket(sock)
+    return BufferedByteStream(stream) if owner == "buffered" else stream, peer
+
+
+def has_transport() -> bool:
+    return anyio.get_cancelled_exc_class() is not trio.Cancelled
+
+
+def descriptor(stream: Any) -> int:
+    if isinstance(stream, trio.SocketStream):
+        return stream.socket.fileno()
+    number: int = stream.extra(SocketAttribute.raw_socket).fileno()
+    return number
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await checkpoint()
+
+
+async def read_ahead(stream: Any, peer: Peer) -> None:
+    """Until the transport, if there is one, has read all that *peer* has sent."""
+    await arrived(peer)
+    with anyio.fail_after(LONG):
+        while has_transport() and queued(descriptor(stream), termios.FIONREAD):
+            await checkpoint()
+
+
+def block_until(stream: Any, event: int) -> None:
+    """The event loop stands still until *event* of poll(2) has come; 0 is a reset."""
+    poll = select.poll()
+    poll.register(descriptor(stream), event)
+    assert poll.poll(LONG * 1000)
+
+
+async def receive_all(conn: Connection, size: int = 65536) -> bytes:
+    chunks = []
+    with anyio.fail_after(LONG), suppress(anyio.EndOfStream):
+        while True:
+            chunks.append(await conn.receive(size))
+            assert 1 <= len(chunks[-1]) <= size
+    return b"".join(chunks)
+
+
+async def while_waiting(operation: Any, act: Callable[..., object], *args: Any) -> Any:
+    """The result of *operation*; once that waits, *act* is called."""
+
+    async def later() -> None:
+        await turns(10)
+        act(*args)
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(later)
+        with anyio.fail_after(LONG):
+            return await operation
+
+
+@contextmanager
+def plain_server() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LONG)
+        yield listener
+
+
+def accepted(listener: socket.socket) -> Peer:
+    """The peer of a client, which has connected to *listener*."""
+    peer = Peer.__new__(Peer)
+    peer.sock, _ = listener.accept()
+    peer.sock.settimeout(LONG)
+    return peer

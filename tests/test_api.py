@@ -50,7 +50,8 @@ anyio_rst.Connection.send_eof()
 anyio_rst.Connection.aclose()
 anyio_rst.Connection.abort()
 anyio_rst.Connection.detach()
-anyio_rst.Connection.start_tls(ssl_context=None, *, server_side=None, hostname=None)
+anyio_rst.Connection.start_tls(ssl_context=None, *, server_side=None, hostname=None,
+    standard_compatible=True)
 anyio_rst.Connection.create_task_group()
 anyio_rst.Drain(timeout=5.0, max_bytes=None): builtins.object
 anyio_rst.Ending(kind, cause, outcome, peer, remote_address, discarded, unacknowledged,
@@ -66,16 +67,18 @@ anyio_rst.Server.statistics()
 anyio_rst.Server.stop()
 anyio_rst.ServerStatistics(open_connections, accepted_connections, endings_by_kind,
     endings_by_cause): builtins.object
-anyio_rst.connect_tcp(host, port, *, local_host=None, happy_eyeballs_delay=0.25,
-    tls=False, ssl_context=None, tls_hostname=None, finish_on=(),
-    drain=Drain(timeout=5.0, max_bytes=None))
+anyio_rst.connect_tcp(host, port, *, local_host=None, local_port=None,
+    happy_eyeballs_delay=0.25, tls=False, ssl_context=None, tls_hostname=None,
+    tls_standard_compatible=True, finish_on=(), drain=Drain(timeout=5.0,
+    max_bytes=None))
 anyio_rst.connection_scope(stream, *, finish_on=(), drain=Drain(timeout=5.0,
     max_bytes=None))
 anyio_rst.scoped(handler, *, finish_on=(), drain=Drain(timeout=5.0, max_bytes=None))
 anyio_rst.serve_tcp(handler, port=0, *, host=None, backlog=65536, reuse_port=False,
     sockets=None, max_connections=None, finish_on=(), drain=Drain(timeout=5.0,
     max_bytes=None), propagate_errors=False, task_group=None, on_ending=None,
-    ssl_context=None, handshake_timeout=30.0, task_status=Ellipsis)
+    ssl_context=None, tls_standard_compatible=True, handshake_timeout=30.0,
+    task_status=Ellipsis)
 anyio_rst.testing.Capture: builtins.object
 anyio_rst.testing.Capture.segments
 anyio_rst.testing.Capture.having(flags)

@@ -461,13 +461,12 @@ async def test_fin_needs_no_descriptor(kind: str, upload: bytes) -> None:
             with no_descriptor_to_be_had():
                 ready.set()
                 assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
-                if kind == "native":
-                    peer.send_eof()
+                peer.send_eof()
                 served = await service.next()
                 ending = await served.ending()
     assert served.raised is None
-    assert_finished(ending, PeerClose.FIN if kind == "native" else PeerClose.NONE)
-    assert ending.discarded == (len(upload) if kind == "native" else 0)
+    assert_finished(ending, PeerClose.FIN)
+    assert ending.discarded == len(upload)
 
 
 # The arguments.

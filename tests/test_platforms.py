@@ -24,8 +24,6 @@ from serving import Seen, foreign_pair, serve
 
 pytestmark = pytest.mark.anyio
 
-ANYIO_SENDS_A_FIN_FIRST = _sockets._anyio_version() < (4, 16)
-
 
 class Failure(Exception):
     pass
@@ -38,16 +36,9 @@ def no_dissolving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sockets, "RESETS_UNDER_A_TRANSPORT", False)
 
 
-def on_asyncio() -> bool:
-    return anyio.get_cancelled_exc_class() is asyncio.CancelledError
-
-
 @pytest.mark.usefixtures("no_dissolving")
 @pytest.mark.parametrize("how", ["failure", "abort", "return"])
 async def test_closing_the_armed_socket_resets_as_well(kind: str, how: str) -> None:
-    if on_asyncio() and kind != "native" and ANYIO_SENDS_A_FIN_FIRST:
-        pytest.skip("this AnyIO is refused then, as the next test shows")
-
     async def handler(conn: Connection) -> None:
         await conn.send(b"data")
         if how == "failure":
@@ -68,41 +59,6 @@ async def test_closing_the_armed_socket_resets_as_well(kind: str, how: str) -> N
 
 
 @pytest.mark.usefixtures("no_dissolving")
-async def test_stream_that_could_not_be_reset_is_refused_and_untouched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(_sockets, "_anyio_version", lambda: (4, 15))
-    stream, peer = await foreign_pair()
-    with peer:
-        if on_asyncio():
-            message = r"cannot reset this stream: AnyIO .* sends a FIN before it closes"
-            with pytest.raises(RuntimeError, match=message):
-                connection_scope(stream)
-            await stream.aclose()
-            assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
-        else:
-            with pytest.raises(Failure):
-                async with connection_scope(stream):
-                    raise Failure
-            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-
-
-@pytest.mark.usefixtures("no_dissolving")
-@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
-async def test_connection_that_could_not_be_reset_is_not_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(_sockets, "_anyio_version", lambda: (4, 15))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setblocking(False)
-        with pytest.raises(RuntimeError, match="sends a FIN before it closes"):
-            async with connect_tcp("127.0.0.1", listener.getsockname()[1]):
-                pytest.fail("it could be entered")
-        with pytest.raises(BlockingIOError):
-            listener.accept()
-
-
-@pytest.mark.usefixtures("no_dissolving")
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 async def test_windows_default_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its transports shut down before they close."""
@@ -113,6 +69,14 @@ async def test_windows_default_loop_is_refused(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(RuntimeError, match="ProactorEventLoop sends a FIN"):
             connection_scope(stream)
         await stream.aclose()
+        assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        with pytest.raises(RuntimeError, match="sends a FIN before it closes"):
+            async with connect_tcp("127.0.0.1", listener.getsockname()[1]):
+                pytest.fail("it could be entered")
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 async def test_accepted_sockets_that_inherit_nothing_are_armed_one_by_one(

@@ -18,7 +18,6 @@ import pytest
 import trio
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.stapled import StapledByteStream
-from anyio.streams.tls import TLSAttribute
 from conftest import ASYNCIO
 
 from anyio_rst import (
@@ -112,38 +111,6 @@ async def test_udp_socket_is_refused() -> None:
     async with await anyio.create_udp_socket(local_host="127.0.0.1") as udp:
         with pytest.raises(TypeError, match="takes a byte stream over TCP"):
             connection_scope(udp)  # type: ignore[arg-type]
-
-
-class Impostor(anyio.abc.ByteStream):
-    """A byte stream that shows some other socket."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    @property
-    def extra_attributes(self) -> Any:
-        return {anyio.abc.SocketAttribute.raw_socket: lambda: self.sock}
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        raise NotImplementedError
-
-    async def send(self, item: bytes) -> None:
-        raise NotImplementedError
-
-    async def send_eof(self) -> None:
-        raise NotImplementedError
-
-    async def aclose(self) -> None:
-        raise NotImplementedError
-
-
-async def test_stream_over_another_kind_of_socket_is_refused() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        with pytest.raises(TypeError, match="its socket is SOCK_DGRAM"):
-            connection_scope(Impostor(udp))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with pytest.raises(TypeError, match="its socket is listening"):
-            connection_scope(Impostor(listener))
 
 
 async def test_listener_is_refused() -> None:
@@ -462,41 +429,6 @@ async def test_scope_while_another_thread_imports_trio(
         async with connect_tcp("127.0.0.1", service.port) as conn:
             with pytest.raises(anyio.EndOfStream):
                 await conn.receive()
-
-
-@pytest.mark.parametrize("wrapper", [Wrapper, FailingWrapper])
-@pytest.mark.parametrize("fails", [False, True], ids=["returns", "fails"])
-async def test_wrapper_with_an_awkward_aclose_changes_nothing(
-    wrapper: type[Wrapper], fails: bool
-) -> None:
-    stream, peer = await foreign_pair()
-    with peer:
-        with suppress(Failure):
-            async with connection_scope(wrapper(stream), drain=None) as conn:
-                await conn.send(b"data")
-                if fails:
-                    raise Failure
-        close = PeerClose.RST if fails else PeerClose.FIN
-        assert await peer.read_to_end() == Seen(b"data", close)
-    assert conn.ending is not None
-    assert conn.ending.cause is (Cause.RAISED if fails else Cause.RETURNED)
-
-
-async def test_stream_that_speaks_tls_is_refused() -> None:
-    class Encrypted(Wrapper):
-        @property
-        def extra_attributes(self) -> Any:
-            return {
-                **self.stream.extra_attributes,
-                TLSAttribute.ssl_object: lambda: object(),
-            }
-
-    stream, peer = await foreign_pair()
-    with peer:
-        with pytest.raises(TypeError, match="without a close_notify"):
-            connection_scope(Encrypted(stream))
-        await stream.aclose()
-        assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
 
 
 # Coroutines that are closed.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from anyio import wait_all_tasks_blocked
-from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
 from anyio_rst import Cause, CloseKind, Connection, PeerClose
@@ -17,12 +16,13 @@ from anyio_rst.testing import Seen, assert_rst, open_peer
 
 from serving import assert_finished, assert_reset, connection_of, serve
 
+if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 pytestmark = pytest.mark.anyio
-
-HAS_HANDLES = hasattr(TaskGroup, "create_task")
 
 
 class Failure(Exception):
@@ -207,7 +207,6 @@ async def test_failure_after_the_start_resets(kind: str) -> None:
     await assert_reset(conn, peer, Cause.GROUP_FAILED)
 
 
-@pytest.mark.skipif(not HAS_HANDLES, reason="AnyIO 4.14 brought task handles")
 @pytest.mark.parametrize("how", ["create_task", "start_soon", "start"])
 async def test_stopping_one_helper_by_its_handle_finishes(kind: str, how: str) -> None:
     async def helper(*, task_status: Any = anyio.TASK_STATUS_IGNORED) -> None:
@@ -229,7 +228,6 @@ async def test_stopping_one_helper_by_its_handle_finishes(kind: str, how: str) -
     await assert_finished(conn, peer, Cause.RETURNED)
 
 
-@pytest.mark.skipif(not HAS_HANDLES, reason="AnyIO 4.14 brought task handles")
 async def test_a_task_handle_gives_the_result() -> None:
     async def answer() -> int:
         return 42
@@ -273,9 +271,6 @@ async def test_deadline_of_the_group_itself_finishes(kind: str) -> None:
 async def test_stopping_a_group_stops_the_groups_within_it_without_a_reset(
     kind: str, how: str
 ) -> None:
-    if how == "the child" and not HAS_HANDLES:
-        pytest.skip("AnyIO 4.14 brought task handles")
-
     async def nested(conn: Connection) -> None:
         async with conn.create_task_group() as inner:
             inner.start_soon(anyio.sleep_forever)

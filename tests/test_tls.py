@@ -533,12 +533,13 @@ async def test_only_a_close_notify_is_a_clean_end_of_the_peer(
                     raw.reset()
                 else:
                     raw.send_eof()
-                await (await service.next()).over.wait()
+                ending = await service.ending()
         if says == "close_notify":
-            await (await service.next()).over.wait()
+            ending = await service.ending()
     (end,) = ends
     assert isinstance(end, expected)
     assert isinstance(end, PeerReset) is (says == "rst")
+    assert (ending.peer is PeerClose.RST) is (says == "rst")
     if wrapping == "served":
         # Peers that go away are everyday life.
         levels = {record.levelno for record in caplog.records}

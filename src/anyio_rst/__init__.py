@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from ._connect import connect_tcp
 from ._connection import Connection
-from ._drain import Drain
 from ._ending import Cause, CloseKind, Ending
+from ._limits import Drain
 from ._peer import PeerClose, PeerReset
 from ._scope import connection_scope, scoped
-from ._serve import Server, ServerStatistics, serve_tcp
+from ._serve import serve_tcp
+from ._server import Server
+from ._statistics import ServerStatistics
 
 __all__ = [
     "Cause",

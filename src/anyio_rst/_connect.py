@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, cast
+import functools
+from typing import TYPE_CHECKING
 
 import anyio
 
 from . import _sockets
-from ._drain import DEFAULT_DRAIN, Drain, check_drain
+from ._connection import Connection
 from ._ending import check_finish_on
+from ._limits import DEFAULT_DRAIN, Drain, check_drain
 from ._scope import connection_scope
+from ._takeover import discard
 from ._tls import check_tls
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator
+    from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
     from ipaddress import IPv4Address, IPv6Address
+    from types import TracebackType
 
-    from ._connection import Connection
+    from anyio.abc import SocketStream
+
     from ._ending import FinishOn
 
 __all__ = ["connect_tcp"]
@@ -30,10 +34,12 @@ def connect_tcp(
     port: int,
     *,
     local_host: str | IPv4Address | IPv6Address | None = None,
+    local_port: int | None = None,
     happy_eyeballs_delay: float = 0.25,
     tls: bool = False,
     ssl_context: ssl.SSLContext | None = None,
     tls_hostname: str | None = None,
+    tls_standard_compatible: bool = True,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
 ) -> AbstractAsyncContextManager[Connection, None]:
@@ -45,12 +51,15 @@ def connect_tcp(
             await conn.send(request)
 
     Args:
-      host, port, local_host, happy_eyeballs_delay: those of :func:`anyio.connect_tcp`,
-        which makes the connection (RFC 6555).
+      host, port, local_host, local_port, happy_eyeballs_delay: those of
+        :func:`anyio.connect_tcp`, which makes the connection (RFC 6555). *local_port*
+        goes with *local_host*.
       tls: speak TLS, as :meth:`Connection.start_tls` does, on the client's side. Not
         needed with one of the next two.
       ssl_context: None for the default context of :mod:`ssl`.
       tls_hostname: the name to check the peer's certificate for, if it is not *host*.
+      tls_standard_compatible: False for protocols that delimit themselves; see
+        :meth:`Connection.start_tls`.
       finish_on: see :func:`connection_scope`.
       drain: see :func:`connection_scope`.
 
@@ -59,29 +68,84 @@ def connect_tcp(
       ssl.SSLError, anyio.BrokenResourceError: the TLS handshake failed; the connection
         was reset.
       TypeError, ValueError: *finish_on* or *drain* is of the wrong type, or
-        *ssl_context* is, or is for a server.
-      RuntimeError: this platform cannot reset a stream of this AnyIO. No connection was
-        made.
+        *ssl_context* is, or is for a server; or there is a *local_port* alone.
+      RuntimeError: this platform cannot reset a stream of the running event loop. No
+        connection was made.
     """
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
+    if local_port is not None and local_host is None:
+        raise ValueError("local_port goes with local_host, the address to bind")
     hostname = tls_hostname or str(host)
     secure = tls or ssl_context is not None or tls_hostname is not None
     if secure:
         check_tls(ssl_context, False, hostname)
 
-    @asynccontextmanager
-    async def connected() -> AsyncIterator[Connection]:
+    async def connect() -> SocketStream:
+        return await anyio.connect_tcp(
+            host,
+            port,
+            local_host=local_host,
+            local_port=local_port,
+            happy_eyeballs_delay=happy_eyeballs_delay,
+        )
+
+    return _Connecting(
+        connect,
+        functools.partial(connection_scope, finish_on=finish_on, drain=drain),
+        functools.partial(
+            Connection.start_tls,
+            ssl_context=ssl_context,
+            server_side=False,
+            hostname=hostname,
+            standard_compatible=tls_standard_compatible,
+        )
+        if secure
+        else None,
+    )
+
+
+class _Connecting:
+    """Connects at entry, and is the scope of the connection from then on."""
+
+    __slots__ = ("_connect", "_open_scope", "_scope", "_start_tls")
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[SocketStream]],
+        open_scope: Callable[
+            [SocketStream], AbstractAsyncContextManager[Connection, None]
+        ],
+        start_tls: Callable[[Connection], Awaitable[None]] | None,
+    ) -> None:
+        self._connect = connect
+        self._open_scope = open_scope
+        self._start_tls = start_tls
+        self._scope: AbstractAsyncContextManager[Connection, None] | None = None
+
+    async def __aenter__(self) -> Connection:
+        if self._scope is not None:
+            raise RuntimeError("a connect_tcp() can only be entered once")
         reason = _sockets.why_not_resettable()
         if reason is not None:
             raise RuntimeError(f"connect_tcp() could not reset a connection: {reason}")
-        stream = await anyio.connect_tcp(
-            host, port, local_host=local_host, happy_eyeballs_delay=happy_eyeballs_delay
-        )
-        async with connection_scope(stream, finish_on=finish_on, drain=drain) as conn:
-            if secure:
-                await conn.start_tls(ssl_context, server_side=False, hostname=hostname)
-            yield conn
+        stream = await self._connect()
+        self._scope = self._open_scope(stream)
+        try:
+            connection = await self._scope.__aenter__()
+        except OSError:
+            await discard(stream)
+            raise
+        if self._start_tls is not None:
+            # It resets the connection when it fails, which then has an end.
+            await self._start_tls(connection)
+        return connection
 
-    # It never swallows an exception, which its type would leave open.
-    return cast("AbstractAsyncContextManager[Connection, None]", connected())
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        assert self._scope is not None
+        await self._scope.__aexit__(exc_type, exc_val, exc_tb)

@@ -11,15 +11,16 @@ from anyio import (
     TypedAttributeSet,
     typed_attribute,
 )
-from anyio.abc import SocketAttribute, SocketStream
+from anyio.abc import SocketStream
 from anyio.lowlevel import checkpoint
+from anyio.streams.buffered import BufferedByteReceiveStream, BufferedByteStream
 from outcome import Error, Value
 
 from ._ending import KIND_OF, Cause, CloseKind, Ending, cause_of_exit, verdict
+from ._io import RECEIVE_SIZE
 from ._lifecycle import Lifecycle
-from ._stream import RECEIVE_SIZE
 from ._task_group import ConnectionTaskGroup
-from ._tls import SecureStream, adopt, check_tls, handshake
+from ._tls import SecureStream, check_tls
 
 if TYPE_CHECKING:
     import socket
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from types import TracebackType
 
-    from anyio.abc import TaskGroup
+    from anyio.abc import ByteStream, TaskGroup
 
-    from ._drain import Drain
-    from ._stream import EndableStream
+    from ._limits import Drain
+    from ._native import NativeStream
 
 __all__ = ["Connection"]
 
@@ -57,25 +58,28 @@ class Connection(SocketStream):
         "_drain",
         "_ending",
         "_finish_on",
-        "_lender",
+        "_lent",
         "_life",
         "_outcome",
-        "_stream",
+        "_sink",
+        "_source",
     )
 
     def __init__(
         self,
-        stream: EndableStream,
+        native: NativeStream,
         *,
         finish_on: tuple[type[BaseException], ...],
         drain: Drain | None,
         shared: Lifecycle | None = None,
     ) -> None:
-        self._stream = stream
         self._finish_on = finish_on
         self._drain = drain
-        self._life = Lifecycle(stream) if shared is None else shared
-        self._lender: object = None  # in a scope within a scope: what it was given
+        self._life = Lifecycle(native) if shared is None else shared
+        self._lent: object = None  # in a scope within a scope: what it was given
+        # Where a wrapper is in between: who receives, and who sends and is to be closed.
+        self._source: BufferedByteReceiveStream | ByteStream | None = None
+        self._sink: ByteStream | None = None
         self._outcome: Value[object] | Error | None = None
         self._ending: Ending | None = None
 
@@ -84,8 +88,8 @@ class Connection(SocketStream):
         if ending is not None:
             state = f"{ending.kind.value}, {ending.cause.value}"
         else:
-            state = "open" if self._life.is_open else "finishing"
-        address = self._stream.remote_address
+            state = "open" if self._life.cause is None else "finishing"
+        address = self._life.native.remote_address
         peer = "an unknown peer" if address is None else f"{address[0]}:{address[1]}"
         return f"<Connection with {peer} ({state})>"
 
@@ -100,18 +104,12 @@ class Connection(SocketStream):
 
     @property
     def _raw_socket(self) -> socket.socket:
-        return self._stream._raw_socket
+        return self._life.native._raw_socket
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        attributes = dict(self._stream.extra_attributes)
-        attributes[ConnectionAttribute.connection] = lambda: self
-        remote_address = self._stream.remote_address
-        if remote_address is not None:
-            # Known to the end, which is where it goes into a log.
-            attributes[SocketAttribute.remote_address] = lambda: remote_address
-            attributes[SocketAttribute.remote_port] = lambda: remote_address[1]
-        return attributes
+        stream = self._source or self._life.stream
+        return {**stream.extra_attributes, ConnectionAttribute.connection: lambda: self}
 
     # Not async themselves: one coroutine more would be 2 % of a short message, and 3 % of
     # the memory of an idle connection. To Pyright an async function returns more than a
@@ -130,9 +128,10 @@ class Connection(SocketStream):
           anyio.BusyResourceError: another task is receiving.
           ValueError: *max_bytes* is less than 1.
         """
-        if not self._life.is_open:
+        life = self._life
+        if life.cause is not None:
             return _refuse()
-        return self._stream.receive(max_bytes)
+        return (self._source or life.stream).receive(max_bytes)
 
     def send(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, item: bytes
@@ -150,9 +149,10 @@ class Connection(SocketStream):
           anyio.BusyResourceError: another task is sending.
           TypeError: *item* is not bytes-like.
         """
-        if not self._life.is_open:
+        life = self._life
+        if life.cause is not None:
             return _refuse()
-        return self._stream.send(item)
+        return (self._sink or life.stream).send(item)
 
     async def send_eof(self) -> None:
         """Send the FIN and go on receiving (half-close, RFC 9293, 3.6).
@@ -166,9 +166,10 @@ class Connection(SocketStream):
           anyio.ClosedResourceError: the connection was ended here.
           anyio.BusyResourceError: another task is sending.
         """
-        if not self._life.is_open:
+        life = self._life
+        if life.cause is not None:
             await _refuse()
-        await self._stream.send_eof()
+        await (self._sink or life.stream).send_eof()
 
     async def aclose(self) -> None:
         """Finish now: FIN, drain, close. The explicit success.
@@ -177,7 +178,7 @@ class Connection(SocketStream):
         short before, the connection is reset all the same. Cancelled, it stops draining
         and closes at once.
         """
-        if self._life.is_open:
+        if self._life.cause is None:
             await self._end(Cause.CLOSED)
         else:
             await self._life.wait()
@@ -204,17 +205,22 @@ class Connection(SocketStream):
           anyio.BusyResourceError: a task is waiting in the connection.
           anyio.ClosedResourceError: the connection has ended.
         """
-        if not self._life.is_open:
+        life = self._life
+        if life.cause is not None:
             raise ClosedResourceError
-        if self._stream.busy:
+        if life.stream.busy:
             raise BusyResourceError("using")
-        if self._lender is not None:
+        if self._lent is not None:
             # Only this scope lets go; the life that it shares goes on.
-            self._life = Lifecycle(self._stream)
+            self._life = Lifecycle(life.native, life.stream)
             self._life.detach()
-            return self._lender
-        self._life.detach()
-        return self._stream.release()
+            return self._lent
+        life.detach()
+        stream = life.stream.release()
+        if isinstance(self._source, BufferedByteReceiveStream):
+            put_under(self._source, stream)
+            return self._source
+        return stream
 
     async def start_tls(
         self,
@@ -222,13 +228,18 @@ class Connection(SocketStream):
         *,
         server_side: bool | None = None,
         hostname: str | None = None,
+        standard_compatible: bool = True,
     ) -> None:
         """Upgrade to TLS in place (STARTTLS), by AnyIO's `TLSStream`.
 
         From then on a FIN is preceded by a close_notify, and an RST is not. A peer's FIN
         that no close_notify precedes is :exc:`anyio.BrokenResourceError`. `send_eof()`
         raises :exc:`NotImplementedError`. A handshake that fails or is cancelled resets
-        the connection.
+        the connection; if it fails here, the peer is sent the TLS alert that says why
+        (RFC 8446, 6.2).
+
+        It holds for all scopes on the connection. What others send or receive in the
+        meantime is refused with :exc:`anyio.BusyResourceError`.
 
         Args:
           ssl_context: with a certificate on the server's side, where it is needed; on
@@ -236,6 +247,9 @@ class Connection(SocketStream):
           server_side: which side this is; None to tell it from the context, or from
             whether there is a *hostname*.
           hostname: of the peer, on the client's side, to be checked.
+          standard_compatible: False, as in AnyIO, for protocols that delimit
+            themselves: no close_notify is sent, and the peer's FIN without one is
+            :exc:`anyio.EndOfStream`.
 
         Raises:
           ssl.SSLError: the handshake failed.
@@ -246,28 +260,26 @@ class Connection(SocketStream):
           anyio.BusyResourceError: a task is waiting in the connection.
           anyio.ClosedResourceError: the connection has ended.
           TypeError, ValueError: the arguments do not fit each other, or this side.
-          RuntimeError: TLS has been started, or this is a scope within a scope.
+          RuntimeError: TLS has been started.
         """
         server_side = check_tls(ssl_context, server_side, hostname)
-        if self._lender is not None:
-            raise RuntimeError("start_tls() is for the connection of the outermost scope")
-        if isinstance(self._stream, SecureStream):
-            raise RuntimeError("TLS has been started on this connection")
-        if not self._life.is_open:
+        life = self._life
+        if life.cause is not None:
             await _refuse()
-        if self._stream.busy:
+        if isinstance(life.stream, SecureStream):
+            raise RuntimeError("TLS has been started on this connection")
+        if life.stream.busy:
             raise BusyResourceError("using")
         try:
-            secure = await handshake(
-                self._stream,
+            await life.start_tls(
                 ssl_context=ssl_context,
                 server_side=server_side,
                 hostname=hostname,
+                standard_compatible=standard_compatible,
             )
         except BaseException as exc:
             self._reset(cause_of_exit(exc, ()))
             raise
-        self._stream = self._life.stream = secure
 
     def create_task_group(self) -> TaskGroup:
         """An AnyIO task group that is tied to the connection.
@@ -287,16 +299,32 @@ class Connection(SocketStream):
         exc_tb: TracebackType | None,
     ) -> None:
         # AsyncResource would call aclose(), which is FIN, however the block was left.
-        if self._life.is_open:
+        if self._life.cause is None:
             await self._end(cause_of_exit(exc_val, self._finish_on))
 
     async def _end(self, cause: Cause) -> None:
         """The verdict falls: *cause*, unless a send was torn."""
-        cause = verdict(cause, torn=self._stream.mid_send or self._life.torn)
+        cause = verdict(cause, torn=self._life.native.mid_send)
         if KIND_OF[cause] is CloseKind.FIN:
+            if self._sink is not None:
+                await self._close_wrapper(self._sink, cause)
             await self._life.finish(cause, self._outcome, self._drain)
         else:
             self._reset(cause)
+
+    async def _close_wrapper(self, wrapper: ByteStream, cause: Cause) -> None:
+        """Let *wrapper* send what it has kept back; it closes the connection as well."""
+        life = self._life
+        if life.cause is not None:
+            return
+        life.leaving = cause, self._drain
+        try:
+            await wrapper.aclose()
+        except BaseException as exc:
+            self._reset(cause_of_exit(exc, ()))
+            raise
+        finally:
+            life.leaving = None
 
     def _reset(self, cause: Cause) -> None:
         self._life.reset(cause, self._outcome)
@@ -313,44 +341,14 @@ class ConnectionAttribute(TypedAttributeSet):
     connection: Connection = typed_attribute()
 
 
-def open_connection(
-    stream: object,
-    *,
-    finish_on: tuple[type[BaseException], ...],
-    drain: Drain | None,
-) -> Connection:
-    """A connection on *stream*, which is checked, and not touched before :func:`arm`.
-
-    Raises:
-      TypeError, anyio.ClosedResourceError, RuntimeError: see :func:`connection_scope`.
-    """
-    outer: Connection | None
-    if isinstance(stream, Connection):
-        outer = stream
-        under = outer._stream
-    else:
-        under, attributes = adopt(stream)
-        outer = attributes.get(ConnectionAttribute.connection, lambda: None)()
-        if outer is not None and isinstance(under, SecureStream):
-            raise TypeError("a Connection starts TLS itself, by Connection.start_tls()")
-    if outer is None:
-        return Connection(under, finish_on=finish_on, drain=drain)
-    if not outer._life.is_open:
-        raise ClosedResourceError("the connection has ended")
-    inner = Connection(under, finish_on=finish_on, drain=drain, shared=outer._life)
-    inner._lender = stream
-    return inner
-
-
-def arm(connection: Connection) -> None:
-    """From here on every end but a FIN verdict is an RST."""
-    if connection._lender is None:
-        try:
-            connection._stream.arm()
-        except OSError:
-            raise ClosedResourceError from None
-    elif not connection._life.is_open:
-        raise ClosedResourceError("the connection has ended")
+def put_under(buffer: BufferedByteReceiveStream, stream: Any) -> None:
+    """Let AnyIO's buffered stream *buffer* receive from, and send to, *stream*."""
+    while isinstance(inner := buffer.receive_stream, BufferedByteReceiveStream):
+        buffer = inner
+    buffer.receive_stream = stream
+    if isinstance(buffer, BufferedByteStream):
+        # It has no attribute for the stream that it sends to.
+        vars(buffer).update(send=stream.send, send_eof=stream.send_eof)
 
 
 async def run(

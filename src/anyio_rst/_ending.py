@@ -170,8 +170,7 @@ class Ending:
     """(host, port) of the peer; None if it had gone before that could be asked."""
 
     discarded: int
-    """Bytes read and dropped while draining. What AnyIO's stream on asyncio or uvloop
-    had read ahead by itself is dropped uncounted."""
+    """Bytes read and dropped while draining."""
 
     unacknowledged: int | None
     """Bytes sent that the peer's TCP had not acknowledged when the socket was closed;

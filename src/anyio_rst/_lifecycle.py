@@ -17,44 +17,74 @@ from __future__ import annotations
 
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
-from anyio import ClosedResourceError, Event
+from anyio import BrokenResourceError, ClosedResourceError, Event
 
 from ._ending import Cause, CloseKind, Ending, verdict
+from ._tls import SecureStream
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from anyio.streams.buffered import BufferedByteReceiveStream
     from outcome import Error, Value
 
-    from ._drain import Drain
-    from ._stream import EndableStream
+    from ._limits import Drain
+    from ._native import NativeStream
 
 
 class Lifecycle:
-    """Shared by all :class:`Connection` objects on one connection."""
+    """Shared by all :class:`Connection` objects on one connection.
 
-    __slots__ = ("_over", "cause", "ending", "stream")
+    *native* is its TCP connection, and the record of it. *stream* is what carries the
+    users' bytes: the same, or a TLS session over it.
+    """
 
-    def __init__(self, stream: EndableStream) -> None:
+    __slots__ = ("_over", "buffers", "cause", "ending", "leaving", "native", "stream")
+
+    def __init__(
+        self, native: NativeStream, stream: NativeStream | SecureStream | None = None
+    ) -> None:
+        self.native = native
+        self.stream: NativeStream | SecureStream = native if stream is None else stream
         self.cause: Cause | None = None
         """The verdict, once it has fallen."""
+        self.leaving: tuple[Cause, Drain | None] | None = None
+        """What it will be, while a wrapper closes itself because its scope is left."""
         self.ending: Ending | None = None
-        self.stream: EndableStream = stream
+        self.buffers: WeakSet[BufferedByteReceiveStream] | None = None
+        """The wrappers whose buffers can be seen."""
         self._over: Event | None = None
 
-    @property
-    def is_open(self) -> bool:
-        return self.cause is None
+    def add_buffer(self, buffer: BufferedByteReceiveStream) -> None:
+        if self.buffers is None:
+            self.buffers = WeakSet()
+        self.buffers.add(buffer)
 
-    @property
-    def torn(self) -> bool:
-        return self.stream.mid_send
+    async def start_tls(self, **options: Any) -> None:
+        """A session for all who share the connection, who are refused until it stands.
+
+        Raises:
+          anyio.BrokenResourceError: plaintext is waiting in a buffer.
+          ssl.SSLError, and what the connection raises: the handshake failed.
+        """
+        for buffer in self.buffers or ():
+            if buffer.buffer:
+                raise BrokenResourceError(
+                    f"{len(buffer.buffer)} bytes of plaintext came before the TLS "
+                    "handshake, and would be taken for a part of what it protects"
+                )
+        session = SecureStream(self.native)
+        self.stream = session
+        await session.start(**options)
 
     def reset(self, cause: Cause, outcome: Value[object] | Error | None) -> None:
         """The verdict is RST. Synchronous."""
         if self.cause is None:
             self.cause = cause
-            fin_sent = self.stream.eof_sent
-            self.stream.reset()
+            fin_sent = self.native.fin_is_out()
+            self.native.reset()
             self._end(CloseKind.RST, outcome, fin_sent_before_reset=fin_sent)
         else:
             self.cut_short(outcome)
@@ -69,25 +99,28 @@ class Lifecycle:
             finally:
                 self.cut_short(outcome)
             return
+        if self.leaving is not None:
+            cause, drain = self.leaving
         self.cause = cause
-        await self.stream.send_fin()
         try:
+            await self.stream.send_fin()
             if drain is not None:
                 with suppress(ClosedResourceError):  # another task cut it short
-                    await self.stream.drain(drain)
+                    await self.native.drain(drain)
         finally:
             self.cut_short(outcome)
 
     def cut_short(self, outcome: Value[object] | Error | None) -> None:
         """Finishing or not: this is the end."""
         if self.ending is None:
-            self.stream.close()
-            if self.stream.eof_sent:
+            native = self.native
+            native.close()
+            if native.eof_sent:
                 self._end(CloseKind.FIN, outcome)
             else:
                 assert self.cause is not None
                 # Its last words, a close_notify, were cut short; or it was gone before.
-                self.cause = verdict(self.cause, torn=self.stream.mid_send)
+                self.cause = verdict(self.cause, torn=native.mid_send)
                 self._end(CloseKind.RST, outcome)
 
     def detach(self) -> None:
@@ -109,14 +142,15 @@ class Lifecycle:
         fin_sent_before_reset: bool = False,
     ) -> None:
         assert self.cause is not None
+        native = self.native
         self.ending = Ending(
             kind=kind,
             cause=self.cause,
             outcome=outcome,
-            peer=self.stream.peer,
-            remote_address=self.stream.remote_address,
-            discarded=self.stream.discarded,
-            unacknowledged=self.stream.unacknowledged,
+            peer=native.peer,
+            remote_address=native.remote_address,
+            discarded=native.discarded,
+            unacknowledged=native.unacknowledged,
             fin_sent_before_reset=fin_sent_before_reset,
         )
         if self._over is not None:

@@ -1,169 +1,116 @@
-"""A byte stream straight on a non-blocking TCP socket.
-
-One implementation for asyncio, uvloop and Trio, on AnyIO's public `wait_readable`,
-`wait_writable` and `notify_closing`. It knows to the byte what the kernel took.
-"""
+"""How a TCP connection ends: the parts that an ending is made of."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from anyio import (
-    BusyResourceError,
-    ClosedResourceError,
-    create_task_group,
-    move_on_after,
-    notify_closing,
-    wait_readable,
-    wait_writable,
-)
-from anyio.lowlevel import (
-    cancel_shielded_checkpoint,
-    checkpoint,
-    checkpoint_if_cancelled,
-)
+from anyio import create_task_group, move_on_after, wait_writable
+from anyio.lowlevel import checkpoint
 
 from . import _sockets
+from ._io import RECEIVE_SIZE, SocketIO, tell_waiters
 from ._peer import PeerClose
-from ._stream import RECEIVE_SIZE, EndableStream
 
 if TYPE_CHECKING:
     import socket
 
-    from ._drain import Drain
+    from anyio.abc import SocketStream
 
-# A receive gives what is under way one turn of the loop to arrive, since waiting for the
-# socket costs several. After 1, 2, 3 ... in a row that did so in vain, 0, 1, 3 ... others
-# wait at once before the next one tries: 15 at the most.
-MOST_MISSES = 5
+    from ._limits import Drain
 
 # Bytes that the drain discards before it lets other tasks run.
 DISCARDED_PER_TURN = 2**20
 
 
-class NativeStream(EndableStream):
-    """A complete `anyio.abc.SocketStream` on the non-blocking *sock*, which it owns."""
+class NativeStream(SocketIO):
+    """A complete `anyio.abc.SocketStream` on *sock*, which it owns.
 
-    __slots__ = ("_last", "_misses", "_sock", "_waits")
+    An ending is :meth:`reset`, or :meth:`send_fin`, :meth:`drain` and :meth:`close` in
+    this order. A :meth:`close` before the FIN is out is a reset.
+    """
+
+    __slots__ = ("_last", "discarded", "is_free", "unacknowledged")
 
     def __init__(
-        self, sock: socket.socket, remote_address: tuple[str, int] | None
+        self,
+        sock: socket.socket,
+        remote_address: tuple[str, int] | None,
+        **taken_over: Any,
     ) -> None:
-        super().__init__(remote_address)
-        self._sock = sock
-        self._misses = 0  # receives in a row that found nothing after one turn
-        self._waits = 0  # receives to come that wait at once
-        self._last = b""
+        super().__init__(sock, remote_address, **taken_over)
+        self.discarded = 0
+        self.is_free = False  # detached: the next scope may have it
+        self.unacknowledged: int | None = None
+        self._last = b""  # of the session's words, what the socket has not taken
 
-    @property
-    def _raw_socket(self) -> socket.socket:
-        return self._sock
-
-    async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
-        if max_bytes < 1 or self._closed or self._receiving:
-            await self._refuse_to_receive(max_bytes)
-        self._receiving = True
-        try:
-            data = None
-            if self._waits:
-                self._waits -= 1
-                await checkpoint_if_cancelled()  # uvloop may see the input first
-                self._refuse_if_closed()
-            else:
-                await checkpoint()
-                self._refuse_if_closed()
-                data = self._read(max_bytes)
-                self._learn(hit=data is not None)
-            while data is None:
-                await wait_readable(self._sock)
-                self._refuse_if_closed()
-                data = self._read(max_bytes)
-        except ClosedResourceError:
-            await checkpoint_if_cancelled()  # which may be why it was closed
-            raise
-        finally:
-            self._receiving = False
-        if not data:
-            self._raise_end()
-        return data
-
-    def _learn(self, *, hit: bool) -> None:
-        """Of a receive that gave the input one turn to arrive: in vain, or not."""
-        if hit:
-            self._misses = 0
-        else:
-            self._misses = min(self._misses + 1, MOST_MISSES)
-            self._waits = 2 ** (self._misses - 1) - 1
-
-    async def send(self, item: bytes) -> None:
-        if self._sending:
-            raise BusyResourceError("writing to")
-        self._sending = True
-        try:
-            if self._closed or self.eof_sent or self.mid_send or self._loss is not None:
-                await checkpoint()
-                self._refuse_to_send()
-            view = memoryview(item).cast("B")
-            # A peer that we wait for has its answer before the checkpoint, not after.
-            at_once = self._misses > 0
-            if at_once:
-                await checkpoint_if_cancelled()
-            else:
-                await checkpoint()
-            self._refuse_if_closed()
-            while view := self._write(view):
-                await wait_writable(self._sock)
-                self._refuse_if_closed()
-            if at_once:
-                await cancel_shielded_checkpoint()
-        except ClosedResourceError:
-            await checkpoint_if_cancelled()  # which may be why it was closed
-            raise
-        finally:
-            self._sending = False
-
-    def _write(self, view: memoryview) -> memoryview:
-        """Send what the kernel takes, and return the rest."""
-        try:
-            rest = view[self._sock.send(view) :]
-        except BlockingIOError:
-            return view
-        except OSError as exc:
-            raise self._lost(exc) from exc
-        self.mid_send = bool(rest)
-        return rest
-
-    async def _send_eof(self) -> None:
-        loss = _sockets.send_fin(self._sock)
-        if loss is not None:
-            raise self._lost(loss) from loss
-        self.eof_sent = True
-
-    async def aclose(self) -> None:
-        self.close()
-        await checkpoint()
+    def __del__(self) -> None:
+        # Forgotten by everybody but the event loop. The socket is armed: closed, it
+        # resets the connection.
+        reader = getattr(self, "_reader", None)
+        if reader is not None and self._sock.fileno() != -1:
+            reader.forget(self._sock)
 
     def arm(self) -> None:
-        _sockets.arm(self._sock)
+        """Let every end but :meth:`send_fin` be an RST."""
+        with suppress(OSError):  # a connection that is gone has no end any more
+            _sockets.arm(self._sock)
 
     def reset(self) -> None:
-        self._measure(self._sock)
+        """Send the RST and close. Synchronous, and good without an event loop."""
+        self._measure()
         _sockets.reset(self._sock)
         self._close()
 
     async def send_fin(self, last: bytes = b"") -> None:
-        self._closed = True
-        self._wake()
-        self._last = self._finish(self._sock, last)
+        """Send *last* and the FIN behind what the users sent, who are refused now.
+
+        It waits for nothing, and is not cut short by a cancellation. What the socket
+        does not take at once is left to :meth:`drain`. When the FIN is out,
+        :attr:`eof_sent` is true, and the socket disarmed; it never is if the connection
+        was gone.
+        """
+        self.refuse_users()
+        self._last = self._finish(last)
+
+    def _finish(self, last: bytes) -> bytes:
+        """Send *last* and the FIN as far as the socket takes them; return the rest."""
+        flags = _sockets.DONTWAIT | _sockets.MSG_MORE
+        try:
+            while last:
+                self.mid_send = True
+                last = last[self._sock.send(last, flags) :]
+        except BlockingIOError:
+            return last
+        except OSError as exc:
+            self._lost(exc)
+            return b""
+        self.mid_send = False
+        loss: OSError | None
+        try:
+            # Before the FIN: one that waits behind an answer would be lost with the
+            # process.
+            _sockets.disarm(self._sock)
+            loss = None if self.eof_sent else _sockets.send_fin(self._sock)
+        except OSError as exc:
+            loss = exc
+        if loss is not None:
+            self._lost(loss)
+            self._ask_origin()
+        else:
+            self.eof_sent = True
+        return b""
 
     async def drain(self, limits: Drain) -> None:
+        """Read and discard until the peer's FIN or a limit; complete :meth:`send_fin`.
+
+        What is found goes to :attr:`discarded` and :attr:`peer`.
+        """
         if self._sock.fileno() == -1:
             return
         while self._receiving:
-            # On asyncio, AnyIO forgets a waiter by its descriptor. One that was woken
-            # has to be gone before the drain waits for the same descriptor.
-            await checkpoint()
+            await checkpoint()  # a task that was woken is on its way out
         if self._last:
             with move_on_after(limits.timeout):
                 await self._send_last(limits)
@@ -174,15 +121,14 @@ class NativeStream(EndableStream):
         self._receiving = True
         done = False
         try:
-            # A peer that waits for our FIN answers within this turn. And the same again
-            # for the waiter of another socket that was closed just now, if this one has
-            # got its number.
+            # A peer that waits for our FIN answers within this turn.
             await checkpoint()
             if done := self._discard(limits):
                 return
             with move_on_after(limits.timeout):
-                while not (done := self._discard(limits)):
-                    await wait_readable(self._sock)
+                reader = self._reader or self._new_reader()
+                await reader.wait(partial(self._discard, limits))
+                done = True
         finally:
             self._receiving = False
             if not done and self._sock.fileno() != -1:
@@ -194,19 +140,15 @@ class NativeStream(EndableStream):
 
         A peer that is sending may read nothing before it is done.
         """
-
-        async def read() -> None:
-            while not self._discard(limits):
-                await wait_readable(self._sock)
-
         await checkpoint()
         self._receiving = True
         try:
             async with create_task_group() as tg:
-                tg.start_soon(read)
+                reader = self._reader or self._new_reader()
+                tg.start_soon(reader.wait, partial(self._discard, limits))
                 while self._last:
                     await wait_writable(self._sock)
-                    self._last = self._finish(self._sock, self._last)
+                    self._last = self._finish(self._last)
                 tg.cancel_scope.cancel()
         finally:
             self._receiving = False
@@ -223,38 +165,51 @@ class NativeStream(EndableStream):
             if data is None:
                 return False
             if not data:
-                if self._loss is None:
-                    self.peer = PeerClose.FIN
+                self._input_ended()
                 return True
             self.discarded += len(data)
             most -= len(data)
         return False
 
-    def _read(self, max_bytes: int) -> bytes | None:
-        """What has arrived; nothing at the end or after a loss; None if not yet."""
-        try:
-            return self._sock.recv(max_bytes)
-        except BlockingIOError:
-            return None
-        except OSError as exc:
-            self._lost(exc)
-            return b""
-
     def close(self) -> None:
+        """Close the socket as it is, armed or disarmed."""
         if self._sock.fileno() != -1:
-            self._measure(self._sock)
-            self._close()
+            self._measure()
+        self._close()
 
-    def release(self) -> NativeStream:
-        _sockets.disarm(self._sock)
-        return self
+    async def aclose(self) -> None:
+        self.close()
+        await checkpoint()
+
+    def release(self) -> SocketStream:
+        """Disarm, and return the stream that the next owner uses."""
+        with suppress(OSError):
+            _sockets.disarm(self._sock)
+        if self._reader is not None:
+            self._reader.pause()
+        origin, self._origin = self._origin, None
+        if origin is None or self._ahead:
+            if origin is not None:
+                origin.close()
+            self.is_free = True
+            return self
+        self.refuse_users()
+        self._close_copy()
+        if not origin.shares_socket:
+            self._sock.close()
+        return origin.give_back()
 
     def _close(self) -> None:
-        self._closed = True
-        self._wake()
+        self.refuse_users()
+        self._close_copy()
+        if self._origin is not None:
+            self._origin.close()
         self._sock.close()
 
-    def _wake(self) -> None:
-        if self.busy and self._sock.fileno() != -1:
-            with suppress(RuntimeError):  # no event loop: nobody is waiting
-                notify_closing(self._sock)
+    def _close_copy(self) -> None:
+        if self._copy is not None and self._copy.fileno() != -1:
+            tell_waiters(self._copy)
+            self._copy.close()
+
+    def _measure(self) -> None:
+        self.unacknowledged = _sockets.unacknowledged(self._sock, fin_sent=self.eof_sent)

@@ -27,7 +27,7 @@ class ConnectionLost(BrokenResourceError):
 
 
 class PeerReset(ConnectionLost):
-    """The peer reset the connection: what has been received may be a torso.
+    """The peer reset the connection: what has been received may be truncated.
 
     Raised by :class:`Connection` from the :exc:`OSError` that told. The peer's FIN
     stays :exc:`anyio.EndOfStream`, and any other loss of the connection (a time-out, an

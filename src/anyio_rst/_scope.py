@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ._connection import Connection, arm, conclude, conclude_failed, open_connection, run
-from ._drain import DEFAULT_DRAIN, Drain, check_drain
+from anyio import ClosedResourceError
+from anyio.abc import ByteStream
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from ._connection import (
+    Connection,
+    ConnectionAttribute,
+    conclude,
+    conclude_failed,
+    put_under,
+    run,
+)
 from ._ending import check_finish_on
+from ._lifecycle import Lifecycle
+from ._limits import DEFAULT_DRAIN, Drain, check_drain
+from ._takeover import Source, discard, is_anyios
+from ._tls import SecureStream
+from ._tls_engines import engine_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
     from typing import TypeAlias
 
     import trio
-    from anyio.abc import ByteStream
 
     from ._ending import FinishOn
+    from ._tls_engines import Engine
 
     TCPStream: TypeAlias = (
-        ByteStream | trio.SocketStream | trio.SSLStream[trio.SocketStream]
+        ByteStream
+        | BufferedByteReceiveStream
+        | trio.SocketStream
+        | trio.SSLStream[trio.SocketStream]
     )
 
 __all__ = ["connection_scope", "scoped"]
@@ -52,40 +70,133 @@ def connection_scope(
     A cancellation during the drain only ends the drain.
 
     Args:
-      stream: an AnyIO byte stream with a TCP socket under it
-        (:attr:`anyio.abc.SocketAttribute.raw_socket`), an AnyIO `TLSStream` over one, a
-        :class:`Connection`, a :class:`trio.SocketStream`, or a :class:`trio.SSLStream`
-        over one. The scope owns it from entry. On a
-        :class:`Connection`, or a wrapper around one, the ending of the inner scope
-        stands, and the outer one adds nothing.
+      stream: AnyIO's own :class:`~anyio.abc.SocketStream`, on TCP, a `TLSStream` or
+        buffered streams over one; or a :class:`trio.SocketStream`, or a
+        :class:`trio.SSLStream` over one. The scope takes its socket over at entry, with
+        what has been read ahead. The stream rests until :meth:`Connection.detach`, and
+        is closed with the connection.
+
+        Or a :class:`Connection`, or any wrapper around one: a scope within a scope. The
+        ending of the inner scope stands, and the outer one adds nothing. A clean end
+        closes the wrapper first, which may have kept something back; if that fails, the
+        connection is reset.
       finish_on: exception types that count as a clean end; all the leaves of an
         exception group have to match. The exception goes on all the same.
         :exc:`GeneratorExit` never counts.
       drain: the limits of the drain; None closes right after the FIN.
 
     Raises:
-      TypeError: *stream* is not a TCP connection, or another argument is of the wrong
-        type. The stream is untouched then, and after the other two as well.
-      anyio.ClosedResourceError: *stream* is closed.
-      RuntimeError: this platform cannot reset such a stream with this AnyIO.
+      TypeError: *stream* is not a TCP connection, or is a wrapper around a stream that
+        is no Connection; or another argument is of the wrong type. The stream is
+        untouched then, and after the others as well.
+      anyio.ClosedResourceError: *stream* is closed. One whose peer has gone is not: the
+        connection will say so.
+      anyio.BusyResourceError: a task is receiving or sending on it. Trio shows nobody
+        that, and there the two then take each other's input.
+      RuntimeError: it is in another scope already, or this platform cannot reset it.
+      OSError: no descriptor is left (EMFILE, ENFILE); asyncio's streams need a copy.
     """
     check_drain(drain)
-    finish_on = check_finish_on(finish_on)
-    return _ConnectionScope(open_connection(stream, finish_on=finish_on, drain=drain))
+    return _ConnectionScope(_Entry(stream, check_finish_on(finish_on), drain))
+
+
+class _Entry:
+    """The way into a scope on *stream*, which is checked, and not touched before."""
+
+    __slots__ = (
+        "_drain",
+        "_engine",
+        "_finish_on",
+        "_outer",
+        "_sink",
+        "_source",
+        "_stream",
+    )
+
+    def __init__(
+        self,
+        stream: object,
+        finish_on: tuple[type[BaseException], ...],
+        drain: Drain | None,
+    ) -> None:
+        self._stream = stream
+        self._finish_on = finish_on
+        self._drain = drain
+        self._engine: Engine | None = None
+        self._sink: ByteStream | None = None
+        inner = stream
+        while isinstance(inner, BufferedByteReceiveStream):
+            inner = inner.receive_stream
+        self._outer = _connection_in(inner)
+        if self._outer is None:
+            if (found := engine_of(inner)) is not None:
+                self._engine, inner = found
+            self._source = Source(inner)
+        elif engine_of(inner) is not None:
+            raise TypeError("a Connection starts TLS itself, by Connection.start_tls()")
+        elif self._outer._life.cause is not None:
+            raise ClosedResourceError("the connection has ended")
+        elif inner is not self._outer:
+            self._sink = cast("ByteStream", inner)
+
+    def enter(self) -> Connection:
+        """The connection, armed."""
+        stream = self._stream
+        outer = self._outer
+        if outer is None:
+            native = self._source.take()
+            session = None
+            if self._engine is not None:
+                session = SecureStream(native, self._engine)
+            life = Lifecycle(native, session)
+        else:
+            life = outer._life
+            if life.cause is not None:
+                raise ClosedResourceError("the connection has ended")
+        connection = self._on(life)
+        if isinstance(stream, BufferedByteReceiveStream):
+            if outer is None:
+                put_under(stream, self._on(life))
+            buffer: object = stream
+            while isinstance(buffer, BufferedByteReceiveStream):
+                life.add_buffer(buffer)
+                buffer = buffer.receive_stream
+            connection._source = stream
+        if outer is not None:
+            connection._lent = stream
+            connection._sink = self._sink
+            connection._source = connection._source or self._sink
+        return connection
+
+    def _on(self, life: Lifecycle) -> Connection:
+        return Connection(
+            life.native, finish_on=self._finish_on, drain=self._drain, shared=life
+        )
+
+
+def _connection_in(stream: object) -> Connection | None:
+    """The connection that *stream* is, or is a wrapper around."""
+    if isinstance(stream, Connection):
+        return stream
+    if isinstance(stream, ByteStream) and not is_anyios(stream):
+        attributes: Mapping[Any, Callable[[], Any]] = stream.extra_attributes
+        found = attributes.get(ConnectionAttribute.connection)
+        return None if found is None else cast("Connection", found())
+    return None
 
 
 class _ConnectionScope:
-    __slots__ = ("_connection", "_entered")
+    __slots__ = ("_connection", "_entry")
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._entered = False
+    def __init__(self, entry: _Entry) -> None:
+        self._entry: _Entry | None = entry
+        self._connection = cast("Connection", None)
 
     async def __aenter__(self) -> Connection:
-        if self._entered:
+        if self._entry is None:
             raise RuntimeError("a connection_scope() can only be entered once")
-        self._entered = True
-        arm(self._connection)
+        self._connection = self._entry.enter()
+        self._entry = None
         return self._connection
 
     async def __aexit__(
@@ -132,8 +243,11 @@ def scoped(
 
     @functools.wraps(handler)
     async def serve_one(stream: TCPStream) -> None:
-        connection = open_connection(stream, finish_on=finish_on, drain=drain)
-        arm(connection)
+        try:
+            connection = _Entry(stream, finish_on, drain).enter()
+        except OSError:  # for want of a descriptor
+            await discard(stream)
+            raise
         await run(connection, handler)
 
     return serve_one

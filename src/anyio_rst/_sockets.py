@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib.metadata
 import os
+import select
 import socket
 import struct
 import sys
@@ -21,6 +21,9 @@ import anyio
 # that, and for a reset that follows the peer's FIN, it says EPIPE (tcp_reset() in
 # net/ipv4/tcp_input.c). Windows calls the first WSAECONNRESET.
 RESET_ERRNOS = frozenset({errno.ECONNRESET, errno.EPIPE})
+
+# The descriptor is none any more. Windows says WSAENOTSOCK.
+CLOSED_ERRNOS = frozenset({errno.EBADF, errno.ENOTSOCK})
 
 # accept() failed for want of a resource: what waits in the backlog can be had later.
 CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -51,6 +54,13 @@ LOST_CLIENT_ERRNOS = frozenset(
 # a segment of their own with an RST, and that could come before the FIN is sent.
 MSG_MORE: int = getattr(socket, "MSG_MORE", 0)
 
+# One call that does not block, whatever has become of the socket's O_NONBLOCK: recv(2).
+# A child process that shares the socket may clear that. Not on Windows.
+DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
+
+# Look at what has arrived, and leave it there: recv(2).
+PEEK = socket.MSG_PEEK
+
 # Whether accepted sockets have the listening socket's SO_LINGER and TCP_NODELAY.
 # Measured on Linux; elsewhere each accepted socket is armed by itself.
 ACCEPTED_SOCKETS_INHERIT = sys.platform == "linux"
@@ -75,35 +85,6 @@ class SocketLike(Protocol):
     def proto(self) -> int: ...
     def fileno(self) -> int: ...
     def getsockopt(self, level: int, optname: int, /) -> int: ...
-    def setsockopt(self, level: int, optname: int, value: bytes, /) -> None: ...
-
-
-class borrowed:
-    """A socket object on a descriptor that goes on belonging to *owned*.
-
-    What asyncio and uvloop show of their sockets lacks half of the methods.
-
-    Raises:
-      OSError: on entry, EBADF, when *owned* is closed already.
-    """
-
-    __slots__ = ("_owned", "_sock")
-
-    def __init__(self, owned: SocketLike) -> None:
-        self._owned = owned
-
-    def __enter__(self) -> socket.socket:
-        owned = self._owned
-        descriptor = owned.fileno()
-        if descriptor == -1:
-            raise OSError(errno.EBADF, "the socket is closed")
-        self._sock = socket.socket(
-            owned.family, owned.type, owned.proto, fileno=descriptor
-        )
-        return self._sock
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._sock.detach()
 
 
 def host_and_port(address: tuple[Any, ...]) -> tuple[str, int]:
@@ -112,6 +93,19 @@ def host_and_port(address: tuple[Any, ...]) -> tuple[str, int]:
     if len(address) == 4 and address[3]:
         host = f"{host.split('%')[0]}%{address[3]}"
     return host, port
+
+
+def local_address(sock: socket.socket) -> tuple[str, int]:
+    """(host, port) on this side."""
+    return host_and_port(sock.getsockname())
+
+
+def remote_address(sock: Any) -> tuple[str, int] | None:
+    """(host, port) of the peer; None if it has gone."""
+    try:
+        return host_and_port(sock.getpeername())
+    except OSError:
+        return None
 
 
 def prepare_listener(sock: socket.socket) -> None:
@@ -127,7 +121,7 @@ def prepare_accepted(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def arm(sock: SocketLike) -> None:
+def arm(sock: socket.socket) -> None:
     """Let whatever closes *sock*, the end of the process included, send an RST.
 
     SO_LINGER {1, 0}: socket(7), and "abortive close" of RFC 9293, 3.10.5.
@@ -135,17 +129,36 @@ def arm(sock: SocketLike) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
 
 
-def disarm(sock: SocketLike) -> None:
+def disarm(sock: socket.socket) -> None:
     """Take :func:`arm` back: closing sends a FIN again."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
 
 
-def duplicate(sock: socket.socket) -> socket.socket:
-    """A second, non-blocking socket object for the connection of *sock*."""
-    # dup() would set the mode of *sock*, which it does not know, for both.
-    copy = socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
-    copy.setblocking(False)
-    return copy
+def never_block(sock: socket.socket) -> None:
+    """Make *sock* non-blocking, also to Python, which with a time-out waits by itself.
+
+    :data:`DONTWAIT` is for what others do to the descriptor after that.
+    """
+    if sock.gettimeout() != 0:
+        sock.setblocking(False)
+
+
+def is_writable(sock: socket.socket) -> bool:
+    """Whether a send would take something, or fail, without waiting."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        return bool(poll.poll(0))
+    return bool(select.select([], [sock], [], 0)[1])  # Windows: any number of sockets
+
+
+def duplicate(sock: SocketLike) -> socket.socket:
+    """A second descriptor for the connection of *sock*.
+
+    Raises:
+      OSError: EBADF, *sock* is closed; EMFILE or ENFILE, there are no descriptors left.
+    """
+    return socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
 
 
 def send_fin(sock: socket.socket) -> OSError | None:
@@ -216,13 +229,15 @@ if sys.platform == "linux":
         waiting: int = struct.unpack("i", ioctl(sock.fileno(), FIONREAD, b"\0" * 4))[0]
         return waiting
 
-    def fin_is_out(sock: socket.socket) -> bool:
-        """Whether our side has finished, or the connection is gone."""
-        return _state(sock) not in (1, 8)  # TCP_ESTABLISHED, TCP_CLOSE_WAIT
+    # Our FIN has been queued: RFC 9293, 3.3.2; numbers of linux/tcp_states.h.
+    _FINISHED = {4, 5, 6, 9, 11}  # FIN_WAIT1 and 2, TIME_WAIT, LAST_ACK, CLOSING
 
-    def is_over(sock: socket.socket) -> bool:
-        """Whether both sides have finished, or the connection is gone."""
-        return _state(sock) == 7  # TCP_CLOSE
+    def fin_is_out(sock: socket.socket) -> bool:
+        """Whether our side has finished."""
+        try:
+            return _state(sock) in _FINISHED
+        except OSError:
+            return False
 
     def _state(sock: socket.socket) -> int:
         """tcpi_state of tcp(7), a number of linux/tcp_states.h."""
@@ -236,7 +251,7 @@ if sys.platform == "linux":
         """
         try:
             answer = ioctl(sock.fileno(), TIOCOUTQ, b"\0" * 4)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: sock is closed
             return None
         queued: int = struct.unpack("i", answer)[0]
         return queued - 1 if fin_sent and queued else queued
@@ -256,10 +271,6 @@ else:
         """Not known here."""
         return False
 
-    def is_over(sock: socket.socket) -> bool:
-        """Not known here."""
-        return False
-
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged: not known here."""
         return None
@@ -271,38 +282,29 @@ def why_not_resettable() -> str | None:
     """Why a stream of the running event loop could not be reset, or None.
 
     Where a connection cannot be dissolved under an asyncio transport, the RST depends
-    on how the transport is closed, and some send a FIN first.
+    on how the transport is closed.
     """
-    if RESETS_UNDER_A_TRANSPORT:
-        return None
-    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
-        return None
     proactor = getattr(asyncio, "ProactorEventLoop", None)
-    if proactor is not None and isinstance(asyncio.get_running_loop(), proactor):
-        return "asyncio's ProactorEventLoop sends a FIN before it closes a socket"
-    if _anyio_version() < (4, 16):
-        return (
-            f"AnyIO {importlib.metadata.version('anyio')} sends a FIN before it closes "
-            "an asyncio stream; 4.16 does not"
-        )
-    return None
-
-
-def _anyio_version() -> tuple[int, ...]:
-    major, minor = importlib.metadata.version("anyio").split(".")[:2]
-    return int(major), int(minor)
+    if (
+        RESETS_UNDER_A_TRANSPORT
+        or proactor is None
+        or anyio.get_cancelled_exc_class() is not asyncio.CancelledError
+        or not isinstance(asyncio.get_running_loop(), proactor)
+    ):
+        return None
+    return "asyncio's ProactorEventLoop sends a FIN before it closes a socket"
 
 
 def refuse_unless_tcp(owned: SocketLike, stream: object, *, connected: bool) -> None:
-    """Check that *owned*, found under *stream*, is a connected TCP socket.
+    """Check that *owned*, found under *stream*, is the socket of a TCP connection.
 
     Raises:
-      anyio.ClosedResourceError: it is closed.
       TypeError: it is a socket of another kind; the message says which.
     """
     name = type(stream).__qualname__
-    if owned.family not in (socket.AF_INET, socket.AF_INET6):
-        family = getattr(owned.family, "name", owned.family)
+    family = owned.family
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        family = getattr(family, "name", family)
         raise TypeError(
             f"{name} is not a TCP connection: its socket is {family}, and only TCP "
             "(AF_INET or AF_INET6) has an RST"
@@ -310,17 +312,7 @@ def refuse_unless_tcp(owned: SocketLike, stream: object, *, connected: bool) -> 
     if owned.type != socket.SOCK_STREAM:
         kind = getattr(owned.type, "name", owned.type)
         raise TypeError(f"{name} is not a TCP connection: its socket is {kind}")
-    try:
-        if owned.fileno() == -1:
-            raise OSError(errno.EBADF, "the socket is closed")
-        listening = not connected and owned.getsockopt(
-            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-        )
-    except OSError:
-        raise anyio.ClosedResourceError(
-            f"the {name} is closed already, by its owner or because it broke"
-        ) from None
-    if listening:
+    if owned.fileno() != -1 and owned.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise TypeError(f"{name} is not a TCP connection: its socket is listening")
 
 

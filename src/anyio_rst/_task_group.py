@@ -119,49 +119,27 @@ class ConnectionTaskGroup(TaskGroup):
             if not self._children and self._childless is not None:
                 self._childless.set()
 
-    if TYPE_CHECKING or hasattr(TaskGroup, "create_task"):
-
-        def create_task(
-            self,
-            coro: Coroutine[Any, Any, T],
-            *,
-            name: object = None,
-            context: Context | None = None,
-        ) -> TaskHandle[T]:
-            if not isinstance(coro, Coroutine):
-                raise TypeError(f"expected a coroutine, got {type(coro).__qualname__}")
-            child = _Child(self)
-            if name is None:
-                name = getattr(coro, "__qualname__", None)
-            running = self._run(child, coro)
-            self._children += 1
-            try:
-                child.handle = self._group.create_task(
-                    running, name=name, context=context
-                )
-            except BaseException:
-                self._children -= 1
-                coro.close()
-                raise
-            return child.handle
-
-    else:  # before AnyIO 4.14
-
-        def start_soon(
-            self, func: Callable[..., Any], *args: Any, name: object = None
-        ) -> None:
-            coro = func(*args)
-            if not isinstance(coro, Coroutine):
-                raise TypeError(f"expected a coroutine, got {type(coro).__qualname__}")
-            self._children += 1
-            try:
-                self._group.start_soon(
-                    self._run, _Child(self), coro, name=name or _name_of(func)
-                )
-            except BaseException:
-                self._children -= 1
-                coro.close()
-                raise
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: object = None,
+        context: Context | None = None,
+    ) -> TaskHandle[T]:
+        if not isinstance(coro, Coroutine):
+            raise TypeError(f"expected a coroutine, got {type(coro).__qualname__}")
+        child = _Child(self)
+        if name is None:
+            name = getattr(coro, "__qualname__", None)
+        running = self._run(child, coro)
+        self._children += 1
+        try:
+            child.handle = self._group.create_task(running, name=name, context=context)
+        except BaseException:
+            self._children -= 1
+            coro.close()
+            raise
+        return child.handle
 
     async def start(
         self,

@@ -1,158 +1,209 @@
-"""TLS: a FIN is preceded by a close_notify, and an RST is not.
-
-AnyIO's `TLSStream` does the TLS.
-"""
+"""TLS: a FIN is preceded by a close_notify, and an RST is not."""
 
 from __future__ import annotations
 
 import ssl
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
-from anyio import BrokenResourceError, CancelScope, ClosedResourceError, EndOfStream
-from anyio.abc import ByteStream
-from anyio.lowlevel import checkpoint
-from anyio.streams.buffered import BufferedByteReceiveStream
-from anyio.streams.tls import TLSAttribute, TLSStream
+from anyio import (
+    BrokenResourceError,
+    BusyResourceError,
+    CancelScope,
+    ClosedResourceError,
+    EndOfStream,
+)
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from ._foreign import ForeignStream, TrioStream, foreign, trio_class
-from ._stream import RECEIVE_SIZE
+from ._io import RECEIVE_SIZE
+from ._peer import ConnectionLost, PeerClose
+from ._takeover import trio_class
+from ._tls_engines import AnyIOEngine, Transport, WrappingTLSStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Any
-
-    import trio
-
-    from ._drain import Drain
-    from ._foreign import TrioTLS
-    from ._stream import EndableStream
+    from ._native import NativeStream
+    from ._tls_engines import Attributes, Engine
 
 
-class SecureStream(ForeignStream):
-    """The I/O of *stream*, a `TLSStream` or a wrapper around it, and the ending of
-    *under*, which carries the encrypted bytes, behind a close_notify.
-    """
+class SecureStream:
+    """A TLS session over *native*: I/O, and an ending of its own before the FIN."""
 
-    def __init__(
-        self, stream: ByteStream, original: object, tls: TLSStream, under: EndableStream
-    ) -> None:
-        super().__init__(stream, original, stream.extra_attributes)
-        self.remote_address = under.remote_address
-        self._tls = tls
-        self._under = under
+    __slots__ = (
+        "_broken",
+        "_engine",
+        "_native",
+        "_receiving",
+        "_sending",
+        "_transport",
+    )
 
-    async def _send_eof(self) -> None:
-        await self._stream.send_eof()  # says that it cannot
+    def __init__(self, native: NativeStream, engine: Engine | None = None) -> None:
+        self._native = native
+        self._transport = Transport(native)
+        self._engine = engine
+        # Until there is a session, every other use is refused.
+        self._receiving = self._sending = engine is None
+        self._broken: tuple[str, BaseException] | None = None
+        if engine is not None:
+            engine.set_transport(self._transport)
 
-    def arm(self) -> None:
-        self._under.arm()
+    @property
+    def busy(self) -> bool:
+        return self._receiving or self._sending
 
-    def reset(self) -> None:
-        self._closed = True
-        self._under.reset()
-        self._copy()
+    @property
+    def extra_attributes(self) -> Attributes:
+        stream = self._native if self._engine is None else self._engine
+        return stream.extra_attributes
 
-    async def send_fin(self, last: bytes = b"") -> None:
-        self._closed = True
-        close_notify = await self._close_notify()
-        if close_notify:
-            await self._under.send_fin(close_notify + last)
-            self._copy()
-        else:  # not everybody takes a FIN alone for the truncation that it is
-            self._under.mid_send = True
-            self._under.reset()
-            self._copy()
+    async def start(self, **options: Any) -> None:
+        """The handshake, by `TLSStream.wrap(**options)`.
 
-    async def _close_notify(self) -> bytes:
-        """What ends our side of the session (RFC 8446, 6.1); nothing if it is broken.
-
-        What another task is about to receive is lost. Nothing here waits for the peer.
+        Raises:
+          ssl.SSLError: it failed. The peer has been sent the alert that says why.
+          anyio.BrokenResourceError: the connection was lost.
         """
-        # OpenSSL refuses to end a session in which data waits to be read.
-        with suppress(ssl.SSLError):
-            while self._tls.extra(TLSAttribute.ssl_object).read(65536):
-                pass
-        # unwrap() sends it, and then waits for the peer's, which is left to the drain.
-        paper = _Paper()
-        self._tls.transport_stream = paper
-        with suppress(Exception):
-            await self._tls.unwrap()
-        return paper.written
-
-    async def drain(self, limits: Drain) -> None:
+        transport = self._transport
         try:
-            await self._under.drain(limits)
-        finally:
-            self._copy()
-
-    def close(self) -> None:
-        self._under.close()
-        self._copy()
-
-    def release(self) -> object:
-        self._under.release()
-        return self._original
-
-    def _copy(self) -> None:
-        self.peer = self._under.peer
-        self.eof_sent = self._under.eof_sent
-        self.mid_send = self._under.mid_send
-        self.discarded = self._under.discarded
-        self.unacknowledged = self._under.unacknowledged
-
-
-class SecureTrioStream(SecureStream):
-    """The same over *trio_tls*, a `trio.SSLStream`."""
-
-    def __init__(
-        self, stream: TrioStream, trio_tls: TrioTLS, under: EndableStream
-    ) -> None:
-        ForeignStream.__init__(self, stream, trio_tls, stream.extra_attributes)
-        self._trio_tls = trio_tls
-        self._under = under
-        self._reading: CancelScope | None = None
+            tls = await WrappingTLSStream.wrap(transport, **options)
+        except ConnectionLost:
+            raise
+        except (BrokenResourceError, EndOfStream) as exc:
+            when = "in" if transport.has_received else "before"
+            raise ConnectionLost(f"the peer closed {when} the TLS handshake") from exc
+        except ssl.SSLError:
+            if transport.tls is not None:
+                await self._send_alert(AnyIOEngine(transport.tls))
+            raise
+        self._engine = AnyIOEngine(tls)
+        self._receiving = self._sending = False
 
     async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
-        with CancelScope() as self._reading:
-            return await super().receive(max_bytes)
-        raise ClosedResourceError  # interrupted by _close_notify()
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        if self._receiving:
+            raise BusyResourceError("reading from")
+        engine = cast("Engine", self._engine)
+        self._receiving = True
+        try:
+            # What is decrypted already comes without one.
+            await checkpoint()
+            self._refuse()
+            try:
+                data = await engine.receive(max_bytes)
+            except EndOfStream:
+                self._native.look()
+                raise
+            except Exception as exc:
+                told = await self._translated(exc, engine)
+                raise told from told.__cause__ or exc.__cause__
+            self._native.refuse_if_closed()
+            return data
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
+        finally:
+            self._receiving = False
 
-    async def _close_notify(self) -> bytes:
-        paper = _Paper()
-        self._trio_tls.transport_stream = cast("trio.SocketStream", paper)
-        with CancelScope(shield=True):
-            if self._reading is not None:
-                self._reading.cancel()
-            while self._receiving:
-                await checkpoint()
-            with suppress(Exception):
-                while await self._trio_tls.receive_some(65536):
-                    pass
-            with suppress(Exception):
-                await self._trio_tls.unwrap()
-        return paper.written
+    async def send(self, item: bytes) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        engine = cast("Engine", self._engine)
+        self._sending = True
+        try:
+            view = memoryview(item).cast("B")
+            await checkpoint_if_cancelled()
+            self._refuse()
+            try:
+                await engine.handshake()
+                async with self._transport.sending:
+                    await self._transport.flush()
+                    await self._native.send_made(partial(self._encrypt, engine, view))
+                    await self._transport.flush()
+            except EndOfStream:
+                message = "the peer's FIN has ended the TLS session, in both directions"
+                raise ConnectionLost(message) from None
+            except Exception as exc:
+                told = await self._translated(exc, engine)
+                raise told from told.__cause__ or exc.__cause__
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()
+            raise
+        finally:
+            self._sending = False
 
+    async def _encrypt(self, engine: Engine, view: memoryview) -> bytes:
+        self._transport.holds = True
+        try:
+            if view:
+                await engine.encrypt(view)
+        finally:
+            self._transport.holds = False
+        return await self._transport.take()
 
-def adopt(stream: object) -> tuple[ForeignStream, Mapping[Any, Callable[[], Any]]]:
-    """*stream*, checked, with what it takes to end it, and its attributes.
+    async def send_eof(self) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        await checkpoint()
+        raise NotImplementedError("neither AnyIO's TLS nor Trio's has a half-close")
 
-    Raises:
-      TypeError, anyio.ClosedResourceError, RuntimeError: see :func:`foreign`.
-    """
-    tls = stream
-    while isinstance(tls, BufferedByteReceiveStream):
-        tls = tls.receive_stream
-    if isinstance(tls, TLSStream) and isinstance(stream, ByteStream):
-        under, attributes = foreign(tls.transport_stream)
-        return SecureStream(stream, stream, tls, under), attributes
-    if isinstance(stream, trio_class("SSLStream")):
-        trio_tls = cast("TrioTLS", stream)
-        below = trio_tls.transport_stream
-        under, attributes = foreign(below)
-        secure = SecureTrioStream(TrioStream(trio_tls, below), trio_tls, under)
-        return secure, attributes
-    return foreign(stream)
+    def _refuse(self) -> None:
+        self._native.refuse_if_closed()
+        if self._broken is not None:
+            message, cause = self._broken
+            raise ConnectionLost(message) from cause
+
+    async def _translated(self, exc: Exception, engine: Engine) -> Exception:
+        """What the failure of a call of the session's means; its cause stays."""
+        if isinstance(exc, trio_class("ClosedResourceError")):
+            return ClosedResourceError()
+        cause = exc if isinstance(exc, ssl.SSLError) else exc.__cause__
+        if not isinstance(cause, ssl.SSLError):
+            if isinstance(exc, trio_class("BrokenResourceError")):
+                return BrokenResourceError(str(exc))
+            return exc
+        if self._native.peer is PeerClose.FIN:
+            message = "the peer's FIN came without a close_notify: something is missing"
+        else:
+            message = f"the TLS session is broken ({cause})"
+            await self._send_alert(engine)
+        self._broken = message, cause
+        lost = ConnectionLost(message)
+        lost.__cause__ = cause
+        return lost
+
+    async def _send_alert(self, engine: Engine) -> None:
+        self._transport.holds = self._transport.is_over = True
+        await engine.alert()
+        self._native.send_now(await self._transport.take())
+
+    async def send_fin(self) -> None:
+        """As that of :class:`NativeStream`, behind a close_notify.
+
+        A session that cannot be ended is reset: not everybody takes a FIN alone for the
+        truncation that it is.
+        """
+        native = self._native
+        native.refuse_users()
+        engine = self._engine
+        if engine is not None and self._broken is None:
+            with CancelScope(shield=True), suppress(Exception):
+                while self.busy:
+                    await checkpoint()  # tasks that were woken are on their way out
+                self._transport.holds = self._transport.is_over = True
+                await engine.end()
+                await native.send_fin(await self._transport.take())
+                return
+        native.mid_send = True  # the session's last words are missing
+        native.reset()
+
+    def release(self) -> object:
+        """As that of :class:`NativeStream`."""
+        engine = cast("Engine", self._engine)
+        self._native.send_now(self._transport.waiting)
+        engine.set_transport(self._native.release())
+        return engine.stream
 
 
 def check_tls(
@@ -182,54 +233,5 @@ def check_tls(
     return server_side
 
 
-async def handshake(
-    under: EndableStream,
-    *,
-    ssl_context: ssl.SSLContext | None,
-    server_side: bool,
-    hostname: str | None,
-) -> SecureStream:
-    """A TLS session over *under*.
-
-    Raises:
-      anyio.BrokenResourceError: plaintext is waiting in a buffer.
-      ssl.SSLError, and what *under* raises: the handshake failed.
-    """
-    if under.buffered:
-        raise BrokenResourceError(
-            f"{under.buffered} bytes of plaintext came before the TLS handshake, and "
-            "would be taken for a part of what it protects"
-        )
-    tls = await TLSStream.wrap(
-        under, server_side=server_side, hostname=hostname, ssl_context=ssl_context
-    )
-    return SecureStream(tls, tls, tls, under)
-
-
 # The contexts that are for one side only, and whether that is the server's.
 _SIDES = {ssl.PROTOCOL_TLS_SERVER: True, ssl.PROTOCOL_TLS_CLIENT: False}
-
-
-class _Paper(ByteStream):
-    """A transport that keeps what is sent, and has nothing to be received."""
-
-    def __init__(self) -> None:
-        self.written = b""
-
-    @property
-    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        return {}
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        raise EndOfStream
-
-    receive_some = receive  # as Trio calls it; there it leaves the session as it is
-
-    async def send(self, item: bytes) -> None:
-        self.written += item
-
-    send_all = send
-
-    async def send_eof(self) -> None: ...
-
-    async def aclose(self) -> None: ...

@@ -99,18 +99,17 @@ async def connect_to(family: int, kind: int, protocol: int, address: Any) -> Nat
         with suppress(BlockingIOError):
             sock.connect(address)
         await wait_writable(sock)
-        stream = NativeStream(sock, _sockets.host_and_port(address))
         loss = _sockets.loss(sock)
         # A server that resets at once has not refused: that is ECONNREFUSED. EPIPE is
         # its reset after its FIN, which is there to be read.
-        if loss is not None and loss.errno == errno.ECONNRESET:
-            stream._lost(loss)
-        elif loss is not None and loss.errno != errno.EPIPE:
+        if loss is not None and loss.errno == errno.EPIPE:
+            loss = None
+        if loss is not None and loss.errno != errno.ECONNRESET:
             raise loss
     except BaseException:
         sock.close()
         raise
-    return stream
+    return NativeStream(sock, _sockets.host_and_port(address), loss=loss)
 
 
 def client_context() -> ssl.SSLContext:

@@ -111,19 +111,18 @@ class Conversation:
             return (End.CLOSE_NOTIFY if report.tls else End.FIN), None
         except PeerReset:
             return End.RST, None
-        except ssl.SSLError as exc:
-            return End.TLS_FAILED, reason_of(exc)
         except BrokenResourceError as exc:
             if self._stream.peer is PeerClose.FIN:
                 return End.TRUNCATED, None
-            return End.LOST, reason_of(exc)
+            broken = isinstance(exc.__cause__, ssl.SSLError)
+            return End.TLS_FAILED if broken else End.LOST, reason_of(exc)
 
     async def _send(
         self, source: FileIO | None, half_close: bool, conversation: CancelScope
     ) -> None:
         # A connection that was lost may still have something to be read, and then
         # _read_to_end() tells.
-        with suppress(BrokenResourceError, ssl.SSLError):
+        with suppress(BrokenResourceError):
             if source is not None:
                 self._report.sent_all = False
                 self._report.sent_all = await self._send_all(source)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio import BrokenResourceError, EndOfStream, move_on_after
 
-from anyio_rst._connection import Connection, arm
-from anyio_rst._drain import Drain
+from anyio_rst._connection import Connection
+from anyio_rst._limits import Drain
 from anyio_rst._peer import PeerClose
 
 from ._probe_connect import client_context, connect, resolve, secure
@@ -53,9 +53,9 @@ async def probe(
     """
     context = client_context() if report.tls else None  # before the clock runs
     stream = await connect(addresses, report)
+    stream.arm()
     drain = Drain(timeout=report.timeout_seconds)
     async with Connection(stream, finish_on=(), drain=drain) as conn:
-        arm(conn)
         if context is not None:
             await secure(conn, stream, context, report)
         conversation = Conversation(conn, stream, report)

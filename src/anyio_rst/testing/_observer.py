@@ -22,8 +22,8 @@ from anyio import (
 from anyio.lowlevel import checkpoint
 
 from anyio_rst import _sockets
+from anyio_rst._io import RECEIVE_SIZE
 from anyio_rst._peer import PeerClose
-from anyio_rst._stream import RECEIVE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

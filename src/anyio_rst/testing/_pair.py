@@ -12,8 +12,8 @@ from anyio.lowlevel import checkpoint
 
 from anyio_rst import _sockets
 from anyio_rst._connection import Connection, conclude, conclude_failed
-from anyio_rst._drain import DEFAULT_DRAIN, Drain, check_drain
 from anyio_rst._ending import Cause, CloseKind, cause_of_exit, check_finish_on
+from anyio_rst._limits import DEFAULT_DRAIN, Drain, check_drain
 from anyio_rst._native import NativeStream
 
 from ._observer import Peer

@@ -1,4 +1,4 @@
-"""The limits of the drain, the last stage of a clean end."""
+"""The limits of a connection: of its drain, and of times."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def check_seconds(name: str, seconds: float) -> float:
     if not math.isfinite(given) or given < 0:
         raise ValueError(f"{name} must be finite and >= 0, not {given!r}")
     return given
+
+
+def check_number(name: str, value: object, least: int, most: int | None) -> None:
+    """Refuse what is no int from *least* to *most*; None for no limit."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < least or (most is not None and value > most):
+        bounds = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {bounds}, not {value!r}")
 
 
 DEFAULT_DRAIN = Drain()

@@ -1,0 +1,420 @@
+"""Receiving and sending straight on a TCP socket, on any event loop.
+
+It knows to the byte what the kernel took, and keeps the one record of what has happened
+to the TCP connection.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from anyio import (
+    BrokenResourceError,
+    BusyResourceError,
+    ClosedResourceError,
+    EndOfStream,
+    notify_closing,
+    wait_writable,
+)
+from anyio.abc import SocketAttribute, SocketStream
+from anyio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint,
+    checkpoint_if_cancelled,
+)
+
+from . import _sockets
+from ._peer import ConnectionLost, PeerClose, PeerReset
+from ._waiting import reader_for
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable, Mapping
+    from typing import Protocol
+
+    from ._waiting import Reader
+
+    class Origin(Protocol):
+        """The stream that a socket was taken over from."""
+
+        shares_socket: bool
+        """Whether its socket object is ours, too, or has a descriptor of its own."""
+
+        def loss(self) -> BaseException | None:
+            """How it lost the connection, which the kernel tells only once."""
+
+        def close(self) -> None:
+            """Close it: the connection has ended."""
+
+        def give_back(self) -> SocketStream:
+            """The stream, which is used again."""
+            ...
+
+
+# One read at the most: what AnyIO and Trio take.
+RECEIVE_SIZE = 65536
+
+# A receive gives what is under way one turn of the loop to arrive, since waiting for the
+# socket costs several. After 1, 2, 3 ... in a row that did so in vain, 0, 1, 3 ... others
+# wait at once before the next one tries: 15 at the most.
+MOST_MISSES = 5
+
+
+class SocketIO(SocketStream):
+    """The I/O of an `anyio.abc.SocketStream` on *sock*, with AnyIO's exact meanings."""
+
+    __slots__ = (
+        "_ahead",
+        "_closed",
+        "_copy",
+        "_loss",
+        "_misses",
+        "_origin",
+        "_reader",
+        "_receiving",
+        "_sending",
+        "_sock",
+        "_waits",
+        "eof_sent",
+        "mid_send",
+        "peer",
+        "remote_address",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        remote_address: tuple[str, int] | None,
+        *,
+        origin: Origin | None = None,
+        ahead: bytes = b"",
+        torn: bool = False,
+        eof_sent: bool = False,
+        loss: BaseException | None = None,
+    ) -> None:
+        _sockets.never_block(sock)
+        self.remote_address = remote_address
+        self.peer = PeerClose.NONE
+        self.mid_send = torn  # some bytes of a send went out, others did not
+        self.eof_sent = eof_sent
+        self._sock = sock
+        self._origin = origin
+        self._copy: socket.socket | None = None  # of the socket, for those who ask for it
+        self._reader: Reader | None = None
+        self._ahead: bytes | memoryview = ahead  # read, and not received yet
+        self._closed = False
+        self._receiving = False
+        self._sending = False
+        self._misses = 0  # receives in a row that found nothing after one turn
+        self._waits = 0  # receives to come that wait at once
+        self._loss: BaseException | None = None
+        if loss is not None:
+            self._lost(loss)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
+    def busy(self) -> bool:
+        """Whether a task is waiting in this stream."""
+        return self._receiving or self._sending
+
+    @property
+    def _raw_socket(self) -> socket.socket:
+        # A copy: who waits for a descriptor in an event loop takes it from others who do.
+        if self._sock.fileno() == -1:
+            return self._sock
+        if self._copy is None:
+            self._copy = _sockets.duplicate(self._sock)
+            _sockets.never_block(self._copy)
+        return self._copy
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        sock = self._sock
+        attributes: dict[Any, Callable[[], Any]] = {
+            SocketAttribute.family: lambda: sock.family,
+            SocketAttribute.local_address: lambda: _sockets.local_address(sock),
+            SocketAttribute.local_port: lambda: _sockets.local_address(sock)[1],
+            SocketAttribute.raw_socket: lambda: self._raw_socket,
+        }
+        address = self.remote_address
+        if address is not None:
+            # Known to the end, which is where it goes into a log.
+            attributes[SocketAttribute.remote_address] = lambda: address
+            attributes[SocketAttribute.remote_port] = lambda: address[1]
+        return attributes
+
+    async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
+        if max_bytes < 1 or self._closed or self._receiving:
+            await self._refuse_to_receive(max_bytes)
+        self._receiving = True
+        try:
+            data = None
+            if self._waits and not self._ahead:
+                self._waits -= 1
+                await checkpoint_if_cancelled()  # uvloop may see the input first
+                self.refuse_if_closed()
+            else:
+                await checkpoint()
+                self.refuse_if_closed()
+                data = self._read(max_bytes)
+                self._learn(hit=data is not None)
+            while data is None:
+                reader = self._reader or self._new_reader()
+                await reader.wait(partial(self._read_ahead, max_bytes))
+                self.refuse_if_closed()
+                data = self._read(max_bytes)
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
+        finally:
+            self._receiving = False
+        if not data:
+            self._raise_end()
+        return data
+
+    def _learn(self, *, hit: bool) -> None:
+        """Of a receive that gave the input one turn to arrive: in vain, or not."""
+        if hit:
+            self._misses = 0
+        else:
+            self._misses = min(self._misses + 1, MOST_MISSES)
+            self._waits = 2 ** (self._misses - 1) - 1
+
+    def _new_reader(self) -> Reader:
+        self._reader = reader_for(self._sock)
+        return self._reader
+
+    def _read_ahead(self, max_bytes: int) -> bool:
+        """Read for a receive, which may be cancelled before it gets that."""
+        try:
+            self._ahead = self._sock.recv(max_bytes, _sockets.DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            self._fail(exc)
+        return True
+
+    def _read(self, max_bytes: int) -> bytes | None:
+        """What has arrived; nothing at the end or after a loss; None if not yet."""
+        if self._ahead:
+            return self._take(max_bytes)
+        try:
+            return self._sock.recv(max_bytes, _sockets.DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            self._fail(exc)
+            return b""
+
+    def _take(self, max_bytes: int) -> bytes:
+        ahead = self._ahead
+        if len(ahead) <= max_bytes:
+            self._ahead = b""
+            return bytes(ahead)
+        ahead = memoryview(ahead)
+        self._ahead = ahead[max_bytes:]
+        return bytes(ahead[:max_bytes])
+
+    async def send(self, item: bytes) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            if self._closed or self.eof_sent or self.mid_send or self._loss is not None:
+                await checkpoint()
+                self._refuse_to_send()
+            view = memoryview(item).cast("B")
+            # Where a checkpoint costs the same after the send as before it, the peer has
+            # its answer a turn earlier.
+            at_once = self._reader is not None and self._reader.is_trios
+            if at_once:
+                await checkpoint_if_cancelled()
+            else:
+                await checkpoint()
+            self.refuse_if_closed()
+            while view := self._write(view):
+                await wait_writable(self._sock)
+                self.refuse_if_closed()
+            if at_once:
+                await cancel_shielded_checkpoint()
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
+        finally:
+            self._sending = False
+
+    async def send_made(self, make: Callable[[], Awaitable[bytes]]) -> None:
+        """Send what *make* returns, which is called when the socket takes something.
+
+        So what it has made is not kept back by a cancellation before its first byte.
+        """
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            await checkpoint()
+            self._refuse_to_send()
+            while not _sockets.is_writable(self._sock):
+                await wait_writable(self._sock)
+                self.refuse_if_closed()
+            view = memoryview(await make())
+            self.refuse_if_closed()
+            while view := self._write(view):
+                await wait_writable(self._sock)
+                self.refuse_if_closed()
+        except ClosedResourceError:
+            await checkpoint_if_cancelled()  # which may be why it was closed
+            raise
+        finally:
+            self._sending = False
+
+    def _write(self, view: memoryview) -> memoryview:
+        """Send what the kernel takes, and return the rest."""
+        torn = self.mid_send
+        self.mid_send = True  # until the kernel's answer is known, whatever strikes here
+        try:
+            rest = view[self._sock.send(view, _sockets.DONTWAIT) :]
+        except BlockingIOError:
+            self.mid_send = torn
+            return view
+        except OSError as exc:
+            self.mid_send = torn
+            raise self._fail(exc) from exc
+        self.mid_send = bool(rest)
+        return rest
+
+    def send_now(self, data: bytes) -> None:
+        """Send what the socket takes of *data* at once, unless a send is half done."""
+        if data and not (self._closed or self.mid_send or self.eof_sent):
+            with suppress(OSError):
+                self._sock.send(data, _sockets.DONTWAIT)
+
+    async def send_eof(self) -> None:
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            await checkpoint()
+            if not self.eof_sent or self._closed:
+                self._refuse_to_send()
+                loss = _sockets.send_fin(self._sock)
+                if loss is not None:
+                    self._lost(loss)
+                    self._ask_origin()
+                    self._refuse_to_send()
+                self.eof_sent = True
+        finally:
+            self._sending = False
+
+    def look(self) -> None:
+        """Find out whether the peer's end has arrived, where nothing else is to come."""
+        if self.peer is PeerClose.NONE and not self._ahead:
+            try:
+                if not self._sock.recv(1, _sockets.DONTWAIT | _sockets.PEEK):
+                    self._input_ended()
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                self._fail(exc)  # it is told only once
+
+    def fin_is_out(self) -> bool:
+        """Whether our FIN has been sent, by whomever."""
+        if self.eof_sent or self._origin is None:
+            return self.eof_sent
+        return _sockets.fin_is_out(self._sock)
+
+    def refuse_users(self) -> None:
+        """The verdict has fallen: wake the tasks that wait here, and refuse others."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        if self._sending and self._sock.fileno() != -1:
+            tell_waiters(self._sock)
+
+    def refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ClosedResourceError
+
+    async def _refuse_to_receive(self, max_bytes: int) -> None:
+        """Raise what forbids a receive at the moment."""
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        if self._closed:
+            await checkpoint()
+            raise ClosedResourceError
+        if self._receiving:
+            raise BusyResourceError("reading from")
+
+    def _raise_end(self) -> NoReturn:
+        """Raise what the end of the input means."""
+        self.refuse_if_closed()
+        self._input_ended()
+        if self._loss is not None:
+            raise self._lost(self._loss) from self._loss
+        raise EndOfStream
+
+    def _input_ended(self) -> None:
+        """By the peer's FIN, or a loss: the kernel tells of that only once."""
+        self._ask_origin()
+        if self._loss is None:
+            self.peer = PeerClose.FIN
+
+    def _ask_origin(self) -> None:
+        """The kernel may have told a loss to the stream that was taken over."""
+        loss = self._loss
+        if self._origin is None or (loss is not None and not _is_unknown(loss)):
+            return
+        if (loss := self._origin.loss()) is not None:
+            self._loss = None
+            self._lost(loss)
+
+    def _refuse_to_send(self) -> None:
+        """Raise what forbids a send at the moment."""
+        if self._closed or self.eof_sent:
+            raise ClosedResourceError
+        if self._loss is not None:
+            raise self._lost(self._loss) from self._loss
+        if self.mid_send:
+            raise BrokenResourceError(
+                "an earlier send() was cut short after some of its bytes: whatever "
+                "followed would be garbage to the peer"
+            )
+
+    def _fail(self, exc: OSError) -> BrokenResourceError | ClosedResourceError:
+        """What a failed call on the socket means."""
+        if exc.errno in _sockets.CLOSED_ERRNOS and self._loss is None:
+            self._closed = True  # by whoever has the socket object as well
+            return ClosedResourceError("the socket was closed by somebody else")
+        if exc.errno == errno.EPIPE and self._loss is None and self.fin_is_out():
+            self.eof_sent = True
+            return ClosedResourceError("the stream was half-closed by somebody else")
+        return self._lost(exc)
+
+    def _lost(self, exc: BaseException) -> BrokenResourceError:
+        """Remember the first loss, and make the exception that tells of it."""
+        if self._loss is None:
+            self._loss = exc
+            if isinstance(exc, OSError) and exc.errno in _sockets.RESET_ERRNOS:
+                self.peer = PeerClose.RST
+        if self.peer is PeerClose.RST:
+            return PeerReset(f"the peer reset the connection ({self._loss})")
+        return ConnectionLost(f"the connection was lost ({self._loss})")
+
+
+def _is_unknown(loss: BaseException) -> bool:
+    """Whether it only says that there is no connection, and not why."""
+    return isinstance(loss, OSError) and loss.errno == errno.ENOTCONN
+
+
+def tell_waiters(sock: socket.socket) -> None:
+    with suppress(RuntimeError):  # no event loop: nobody is waiting
+        notify_closing(sock)

@@ -1,0 +1,69 @@
+"""Listening sockets: bound here or brought by the caller, and accepting from them."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+from anyio import create_tcp_listener
+from anyio.abc import SocketAttribute
+
+from . import _sockets
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
+
+# As AnyIO; the kernel cuts it to what it allows (net.core.somaxconn, listen(2)).
+DEFAULT_BACKLOG = 65536
+
+
+async def listen(
+    host: str | IPv4Address | IPv6Address | None,
+    port: int,
+    backlog: int,
+    reuse_port: bool,
+) -> list[socket.socket]:
+    try:
+        bound = await create_tcp_listener(
+            local_host=host, local_port=port, backlog=backlog, reuse_port=reuse_port
+        )
+    except OSError as exc:
+        where = f"port {port}" if host is None else f"{host}, port {port}"
+        raise type(exc)(exc.errno, f"cannot listen on {where}: {exc}") from exc
+    return [listener.extra(SocketAttribute.raw_socket) for listener in bound.listeners]
+
+
+def check_sockets(sockets: object, port: int) -> list[socket.socket]:
+    """The listening sockets that the caller has brought, looked at and not changed."""
+    if not isinstance(sockets, (list, tuple)):
+        raise TypeError(f"sockets must be a list or tuple of sockets, not {sockets!r}")
+    if not sockets:
+        raise ValueError("sockets is empty: there is nothing to serve on")
+    checked: dict[int, str] = {}
+    for index, sock in enumerate(sockets):
+        name = f"sockets[{index}]"
+        if isinstance(sock, int):
+            raise TypeError(
+                f"{name} must be a socket, not {sock!r}; if that is a descriptor: "
+                f"socket.socket(fileno={sock!r})"
+            )
+        if not isinstance(sock, socket.socket):
+            raise TypeError(f"{name} must be a socket.socket, not {sock!r}")
+        if isinstance(sock, ssl.SSLSocket):
+            raise TypeError(f"{name} is an SSLSocket; serve_tcp takes plain ones")
+        _sockets.refuse_unless_listening(sock, name)
+        if sock.fileno() in checked:
+            raise ValueError(f"{name} is the same as {checked[sock.fileno()]}")
+        checked[sock.fileno()] = name
+        bound = sock.getsockname()[1]
+        if port not in (0, bound):
+            raise ValueError(f"port is {port}, but {name} listens on {bound}")
+    return list(sockets)
+
+
+def check_reuse_port(reuse_port: object) -> None:
+    if not isinstance(reuse_port, bool):
+        raise TypeError(f"reuse_port must be True or False, not {reuse_port!r}")
+    if reuse_port and not _sockets.CAN_REUSE_PORT:
+        raise ValueError("reuse_port: this platform has no SO_REUSEPORT")

@@ -1,0 +1,282 @@
+"""A running server: it accepts, runs handlers, and says how they ended."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from anyio import (
+    CancelScope,
+    Event,
+    Lock,
+    create_task_group,
+    current_effective_deadline,
+    get_cancelled_exc_class,
+    sleep,
+    wait_readable,
+)
+
+from . import _sockets
+from ._connection import Connection, conclude, conclude_failed, cut_short
+from ._ending import Cause, CloseKind, all_leaves
+from ._native import NativeStream
+from ._peer import ConnectionLost
+from ._statistics import ServerStatistics, Totals
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
+    import trio
+    from anyio.abc import TaskGroup, TaskStatus
+
+    from ._limits import Drain
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+__all__ = ["Server"]
+
+logger = logging.getLogger("anyio_rst")
+
+# How long to leave the backlog alone when there is no descriptor or memory for another
+# connection. Trio's number.
+CAPACITY_RETRY = 0.1
+
+# Connections accepted before the tasks that are there already get a turn.
+ACCEPTS_PER_TURN = 64
+
+
+class HandshakeFailed(Exception):
+    """The outcome of a connection whose handler was never called."""
+
+
+class Server:
+    """A running :func:`serve_tcp`."""
+
+    def __init__(
+        self,
+        sockets: list[socket.socket],
+        handler: Callable[[Connection], Awaitable[object]],
+        *,
+        finish_on: tuple[type[BaseException], ...],
+        drain: Drain | None,
+        max_connections: int | None,
+        propagate_errors: bool,
+        on_ending: Callable[[Connection], object] | None,
+    ) -> None:
+        self.addresses: tuple[tuple[str, int], ...] = tuple(
+            _sockets.host_and_port(sock.getsockname()) for sock in sockets
+        )
+        """(host, port) of each listening socket."""
+        self.port: int = self.addresses[0][1]
+        """The port of the first of :attr:`addresses`, and usually of all."""
+        self._sockets = sockets
+        self._handler = handler
+        self._finish_on = finish_on
+        self._drain = drain
+        self._max_connections = (
+            sys.maxsize if max_connections is None else max_connections
+        )
+        self._propagate_errors = propagate_errors
+        self._on_ending = on_ending
+        self._open: set[Connection] = set()
+        self._accepted = 0
+        self._endings: Counter[tuple[CloseKind, Cause]] = Counter()
+        self._accepting = CancelScope()
+        # Listening sockets whose backlog has been empty: what they accept now inherits.
+        # Who connected before they were prepared has to be armed by itself.
+        self._emptied: set[socket.socket] = set()
+        # Where room or descriptors are short, the listening sockets take turns, and one
+        # of them at a time says so in the log.
+        self._turn = Lock(fast_acquire=True)
+        self._next_end: Event | None = None
+
+    @property
+    def connections(self) -> frozenset[Connection]:
+        """The connections whose handlers are running or whose drains are under way."""
+        return frozenset(self._open)
+
+    def statistics(self) -> ServerStatistics:
+        """The totals up to now. They stay readable when the server is over."""
+        by_kind = dict.fromkeys(CloseKind, 0)
+        by_cause = dict.fromkeys(Cause, 0)
+        for (kind, cause), total in self._endings.items():
+            by_kind[kind] += total
+            by_cause[cause] += total
+        return ServerStatistics(
+            open_connections=len(self._open),
+            accepted_connections=self._accepted,
+            endings_by_kind=Totals(by_kind),
+            endings_by_cause=Totals(by_cause),
+        )
+
+    def stop(self) -> None:
+        """Stop accepting. `serve_tcp` returns when the last handler is done.
+
+        Connections still in the backlog are reset by the kernel, unless another process
+        has the listening socket too. Idempotent.
+        """
+        self._accepting.cancel()
+
+    async def _serve(
+        self,
+        tasks: TaskGroup | trio.Nursery,
+        task_status: TaskStatus[Server],
+    ) -> None:
+        """Accept until stopped, then wait for the handlers."""
+        try:
+            with self._accepting:
+                async with create_task_group() as listeners:
+                    for sock in self._sockets:
+                        listeners.start_soon(self._accept, sock, tasks)
+                    task_status.started(self)
+        finally:
+            self._stop_listening()
+        while self._open:
+            await self._wait_for_an_end()
+
+    async def _wait_for_an_end(self) -> None:
+        if self._next_end is None:
+            self._next_end = Event()
+        await self._next_end.wait()
+
+    def _stop_listening(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+    def _cut_short(self) -> None:
+        for connection in self.connections:
+            cut_short(connection)
+
+    async def _accept(
+        self, listener: socket.socket, tasks: TaskGroup | trio.Nursery
+    ) -> None:
+        while True:
+            await wait_readable(listener)
+            async with self._turn:
+                while (room := self._max_connections - len(self._open)) <= 0:
+                    await self._wait_for_an_end()
+                await self._accept_up_to(min(room, ACCEPTS_PER_TURN), listener, tasks)
+
+    async def _accept_up_to(
+        self, most: int, listener: socket.socket, tasks: TaskGroup | trio.Nursery
+    ) -> None:
+        inherits = listener in self._emptied
+        listener.setblocking(False)  # another process that has it may have undone that
+        for _ in range(most):
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                if _sockets.ACCEPTED_SOCKETS_INHERIT:
+                    self._emptied.add(listener)
+                return
+            except OSError as exc:
+                if exc.errno in _sockets.CAPACITY_ERRNOS:
+                    logger.error(
+                        "accept: %s (%s); trying again in %s s",
+                        errno.errorcode[exc.errno],
+                        os.strerror(exc.errno),
+                        CAPACITY_RETRY,
+                    )
+                    await sleep(CAPACITY_RETRY)
+                    return
+                if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
+                    continue
+                raise
+            if not inherits:
+                _sockets.prepare_accepted(sock)
+            self._start(sock, _sockets.host_and_port(address), tasks)
+
+    def _start(
+        self,
+        sock: socket.socket,
+        address: tuple[str, int],
+        tasks: TaskGroup | trio.Nursery,
+    ) -> None:
+        connection = Connection(
+            NativeStream(sock, address), finish_on=self._finish_on, drain=self._drain
+        )
+        self._open.add(connection)
+        self._accepted += 1
+        try:
+            tasks.start_soon(self._handle, connection)
+        except BaseException:  # a task group that is over
+            connection.abort()
+            self._ended(connection)
+            raise
+
+    async def _handle(self, connection: Connection) -> None:
+        try:
+            # As in run(), which would be one more coroutine for each connection.
+            try:
+                result = await self._handler(connection)
+            except BaseException as exc:
+                await conclude_failed(connection, exc)
+                raise
+            await conclude(connection, result)
+        except BaseException as exc:
+            remaining = self._settle(connection, exc)
+            if remaining is exc:
+                raise
+            if remaining is not None:
+                raise remaining from None
+        finally:
+            self._ended(connection)
+            self._report(connection)
+
+    def _ended(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        ending = connection.ending
+        if ending is not None:
+            self._endings[ending.kind, ending.cause] += 1
+        if self._next_end is not None:
+            self._next_end.set()
+            self._next_end = None
+
+    def _settle(self, connection: Connection, exc: BaseException) -> BaseException | None:
+        """Log what *exc* says of the handler; what of it has to leave the task."""
+        cancelled, failure = _split_cancelled(exc)
+        if cancelled is not None and current_effective_deadline() != -math.inf:
+            # No scope around this task asked for it, and AnyIO would end the server.
+            logger.error(
+                "a handler was cancelled from inside: %r", connection, exc_info=exc
+            )
+            cancelled = None
+        if failure is None:
+            return cancelled
+        if not isinstance(failure, Exception) or (
+            self._propagate_errors and not isinstance(failure, HandshakeFailed)
+        ):
+            return exc
+        ending = connection.ending
+        if ending is not None and ending.cause is Cause.FINISH_ON:
+            logger.debug("a handler ended with %r: %r", failure, connection)
+        elif isinstance(failure, HandshakeFailed):
+            logger.info("%s: %r", failure, connection)
+        elif all_leaves(failure, ConnectionLost):
+            logger.info("the peer went away: %r: %s", connection, failure)
+        else:
+            logger.error("a handler failed: %r", connection, exc_info=failure)
+        return cancelled
+
+    def _report(self, connection: Connection) -> None:
+        if self._on_ending is not None:
+            try:
+                self._on_ending(connection)
+            except Exception:
+                logger.exception("on_ending failed: %r", connection)
+
+
+def _split_cancelled(
+    exc: BaseException,
+) -> tuple[BaseException | None, BaseException | None]:
+    cancelled = get_cancelled_exc_class()
+    if isinstance(exc, BaseExceptionGroup):
+        return exc.split(cancelled)
+    return (exc, None) if isinstance(exc, cancelled) else (None, exc)
