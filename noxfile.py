@@ -16,7 +16,7 @@ nox.options.default_venv_backend = "venv"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 # The oldest that the dependencies of pyproject.toml admit.
-OLDEST = ["anyio==4.13.0", "outcome==1.2.0", "trio==0.32.0", "pytest==8.3.5"]
+OLDEST = ["anyio==4.16.0", "outcome==1.2.0", "trio==0.32.0", "pytest==8.3.5"]
 
 
 def group(name: str) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """Match what both sides of 600,000 connections saw; `-- --short`: five minutes."""
-    session.install(".[trio,uvloop]")
+    session.install(".[trio,uvloop]", *group("soak"))
     session.run("python", "-m", "soak", *session.posargs)
 
 
@@ -80,6 +80,12 @@ def oldest(session: nox.Session) -> None:
 def debug(session: nox.Session) -> None:
     """Run the test suite with the debug modes of Python and asyncio."""
     run_tests(session, PYTHONDEVMODE="1", PYTHONASYNCIODEBUG="1")
+
+
+@nox.session
+def blocking(session: nox.Session) -> None:
+    """Run the test suite where a call that blocks an event loop of asyncio's fails."""
+    run_tests(session, "blockbuster")
 
 
 def explore(session: nox.Session, file: str) -> None:

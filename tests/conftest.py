@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ ASYNCIO = BACKENDS[:2]
 # Ways for a handler to come by its connection: see serving.serve().
 KINDS = ["native", "foreign", "buffered", "trio"]
 
+# Whose stream a socket is taken over from: see serving.stream_and_peer().
+OWNERS = ["anyio", "buffered", "trio"]
+
 # Ways for a connection to come by TLS: see test_tls.serve_tls().
 WRAPPINGS = ["served", "start_tls", "wrapped", "buffered", "trio"]
 
@@ -36,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for mark in metafunc.definition.iter_markers("parametrize")
     ):
         return  # the test chooses
-    for name, kinds in (("kind", KINDS), ("wrapping", WRAPPINGS)):
+    for name, kinds in (("kind", KINDS), ("owner", OWNERS), ("wrapping", WRAPPINGS)):
         if name in metafunc.fixturenames:
             pairs = [
                 pytest.param(backend.values[0], kind, id=f"{backend.id}-{kind}")
@@ -58,6 +62,21 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 def ctrl_c_is_not_ignored() -> None:
     """A shell lets what runs in its background ignore it, and programs inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_blocks_the_loop() -> Iterator[None]:
+    """Where blockbuster is installed, by `nox -s blocking`, it sees to that."""
+    try:
+        blockbuster: Any = importlib.import_module("blockbuster")
+    except ImportError:
+        yield
+        return
+    # Peers and programs of the tests block on purpose.
+    with blockbuster.blockbuster_ctx(
+        "anyio_rst", excluded_modules=["anyio_rst.testing", "anyio_rst.commands"]
+    ):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
