@@ -363,8 +363,7 @@ ORDINARY = (
 class OurSide:
     """The handler and the tasks around it, and a record of what they did."""
 
-    def __init__(self, *, native: bool, peer: Peer) -> None:
-        self.native = native
+    def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.conn: Connection = None  # type: ignore[assignment]
         self.facts: list[Fact] = []
@@ -418,9 +417,7 @@ class OurSide:
     def torn(self) -> bool:
         if self.pending is None:
             return False
-        if self.native:
-            return self.whole < self.took() < self.whole + self.pending
-        return True
+        return self.whole < self.took() < self.whole + self.pending
 
     @property
     def decided(self) -> bool:
@@ -431,7 +428,7 @@ class OurSide:
     def record(self, what: Any, exc: BaseException | None = None) -> None:
         whole = self.whole
         took = self.took()
-        if self.native and self.pending and took == whole + self.pending:
+        if self.pending and took == whole + self.pending:
             whole += self.pending  # its task has only to wake up
         self.facts.append(
             Fact(
@@ -585,7 +582,7 @@ class OurSide:
             await self.conn.send(OURS[self.whole : self.whole + size])
         except BaseException as exc:
             self.note_loss(exc)
-            if self.native and self.took() == self.whole:
+            if self.took() == self.whole:
                 self.pending = None
             raise
         else:
@@ -636,11 +633,8 @@ class OurSide:
             self.lost = True
             assert self.peer.gone
             self.peer_closes = {PeerClose.RST}
-        elif isinstance(exc, anyio.BrokenResourceError) and self.pending is None:
-            # A transport that noticed by itself has closed the socket by now.
-            assert self.peer.gone
-            assert not self.native
-            self.lost = True
+        elif isinstance(exc, anyio.BrokenResourceError):
+            assert self.pending is not None
 
     def detach(self) -> None:
         stream = self.conn.detach()
@@ -815,7 +809,7 @@ async def run(
 ) -> tuple[OurSide, Peer]:
     serve = serve_native if native else serve_foreign
     peer = Peer(listener.getsockname())
-    ours = OurSide(native=native, peer=peer)
+    ours = OurSide(peer)
     try:
         with anyio.fail_after(LONG):
             async with anyio.create_task_group() as ours.tasks:
@@ -927,10 +921,10 @@ def judge(ours: OurSide, peer: Peer, drain: Drain | None) -> None:
     elif ending.peer is PeerClose.RST:
         assert peer.gone
     assert ending.peer in ours.peer_closes
-    if ours.native and finished and drained:
+    if finished and drained:
         assert ending.peer is not PeerClose.NONE
     assert ours.received + ending.discarded <= peer.sent
-    if ours.native and finished and ending.peer is PeerClose.FIN:
+    if finished and ending.peer is PeerClose.FIN:
         assert ours.received + ending.discarded == peer.sent
 
 
