@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from .plans import DRAIN_TIMEOUT, Manner, Work
+from .plans import DRAIN_TIMEOUT, Manner, Way, Work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,7 @@ class Seen(NamedTuple):
     manner: str
     size: int
     lossy: bool
+    way: str
     host: str
     port: int
     connected: bool
@@ -27,17 +28,22 @@ class Seen(NamedTuple):
     """FIN, RST, NONE, RESET by the peer itself, or the name of another error."""
     received: int
     sent: int
+    """Bytes behind the request; over TLS the encrypted ones."""
     wrong: bool
+    close_notify: bool
+    """Over TLS: whether one came."""
 
 
 class Ended(NamedTuple):
     """A line of the server: the fields of an `Ending`."""
 
-    host: str
-    port: int
+    host: str | None
+    port: int | None
+    """None if the peer had reset before a scope could ask."""
     number: int | None
     """The id that the handler has read; None if it never came."""
     kind: str
+    """REFUSED where there is no Ending, since there was nothing to scope any more."""
     cause: str
     peer: str
     discarded: int
@@ -47,6 +53,7 @@ class Ended(NamedTuple):
     """The type of the exception in `outcome`."""
     drained: float | None
     """Seconds from the end of the handler's work to that of the connection."""
+    way: str
 
     @property
     def waited_in_vain(self) -> bool:
@@ -90,6 +97,7 @@ class Verdict(enum.Enum):
     RST_LOST = "the server's RST was lost on the link"
     PEER_RST_LOST = "the peer's RST was lost on the link"
     NEVER_REACHED = "nothing of the peer reached the server"
+    NEVER_SCOPED = "the peer reset before its scope began"
     NEVER_CONNECTED = "no handshake across the link"
     VANISHED = "the peer had vanished on the link"
     PEER_TOO_LATE = "the peer reset after the limit of the drain"
@@ -139,12 +147,17 @@ def _judge(seen: Seen, ended: Ended | None, flow: Flow | None) -> Verdict:
         raise Disagreement("the answer has wrong bytes, or too many")
     if ended is None:
         return _never_accepted(seen, flow)
+    _check(seen.way == ended.way, "it came another way")
+    if ended.kind == "REFUSED":
+        _check(seen.close == "RESET", "no scope, and the peer had not reset")
+        return Verdict.NEVER_SCOPED
     _check(seen.connected, "an Ending of a connection that was never made")
     if ended.number is None:
         # A handler that has not read the request does not know what to do.
         _check(seen.received == 0, "an answer to a request that did not arrive")
     else:
         _check(ended.number == seen.number, "the Ending of another connection")
+    _check_close_notify(seen, ended)
     _check_cause(seen, ended, flow)
     _check_counts(seen, ended)
     if seen.close == "RESET":
@@ -168,10 +181,24 @@ def _never_accepted(seen: Seen, flow: Flow | None) -> Verdict:
     raise Disagreement("no Ending")
 
 
+def _check_close_notify(seen: Seen, ended: Ended) -> None:
+    """It says that all of the answer is there, whatever comes behind it."""
+    if seen.close_notify:
+        if seen.received < seen.size:
+            raise Disagreement(
+                "a close_notify, and not all of the answer", Verdict.LOST_ANSWER
+            )
+        _check(ended.kind == "FIN", "a close_notify before the RST")
+    elif seen.close == "FIN":
+        _check(not Way(seen.way).is_tls, "FIN, and no close_notify before it")
+
+
 def _check_cause(seen: Seen, ended: Ended, flow: Flow | None) -> None:
     if ended.number is None or seen.kind in ("resetting", "vanishing"):
         # No request, or no peer to the end.
-        causes = {"RST": ("RAISED",), "FIN": ("RETURNED",)}[ended.kind]
+        causes = ["RAISED"] if ended.kind == "RST" else ["RETURNED"]
+        if ended.number is None and Way(seen.way).is_tls:
+            causes.append("CANCELLED")  # the handshake, by its timeout
         gone = seen.kind == "resetting" and ended.peer == "RST"
         _check(ended.cause in causes or gone, "an unexpected cause")
         waited = seen.manner == Manner.WAITING.value or ended.number is None
@@ -187,7 +214,11 @@ def _check_cause(seen: Seen, ended: Ended, flow: Flow | None) -> None:
 
 
 def _check_counts(seen: Seen, ended: Ended) -> None:
-    if ended.kind == "FIN" and ended.peer == "FIN" and seen.kind == "flooding":
+    way = Way(seen.way)
+    if way.is_tls or (way.may_read_ahead and seen.kind == "flooding"):
+        # Nobody counts what has been read ahead, and TLS reads whole records.
+        _check(ended.discarded <= seen.sent, "discarded more than was sent")
+    elif ended.kind == "FIN" and ended.peer == "FIN" and seen.kind == "flooding":
         # The handler has read the request and nothing else.
         _check(ended.discarded == seen.sent, f"discarded is not the {seen.sent} sent")
     elif seen.kind != "flooding":

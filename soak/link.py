@@ -30,12 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .plans import (
+    NATIVE_WAYS,
     PEER_ADDRESS,
     SERVER_ADDRESS,
     VANISH_AFTER,
     VANISHING_PORTS,
     Manner,
+    Way,
 )
+from .receiver import RST, SYN, Receiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +65,6 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 SIOCSIFADDR, SIOCSIFNETMASK, SIOCSIFMTU, SIOCSIFTXQLEN = 0x8916, 0x891C, 0x8922, 0x8943
 NAME = b"soak"
 
-FIN, SYN, RST = 0x01, 0x02, 0x04
 IPPROTO_TCP = 6
 
 # Of /proc/net/tcp: the server's kernel has nothing more to send in these states.
@@ -136,11 +138,14 @@ def _open_namespace_file(name: str) -> int:
     return os.open(f"/proc/thread-self/{name}", os.O_RDONLY)
 
 
-def _server_end() -> tuple[int, int, int, socket.socket]:
+def _server_end() -> tuple[int, int, int, dict[Way, socket.socket]]:
     tun = _open_tun(SERVER_ADDRESS)
-    listener = socket.create_server((SERVER_ADDRESS, 0), backlog=BACKLOG)
+    listeners = {
+        way: socket.create_server((SERVER_ADDRESS, 0), backlog=BACKLOG)
+        for way in NATIVE_WAYS
+    }
     table, devices = _open_namespace_file("net/tcp"), _open_namespace_file("net/dev")
-    return tun, table, devices, listener
+    return tun, table, devices, listeners
 
 
 def _peer_end() -> tuple[int, int, int]:
@@ -157,9 +162,10 @@ class Link:
 
     def __init__(self) -> None:
         self._descriptors: list[int] = []
+        self.listeners: dict[Way, socket.socket] = {}
         try:
             server = _in_new_namespace(_server_end)
-            self.server_tun, self._table, server_devices, self.listener = server
+            self.server_tun, self._table, server_devices, self.listeners = server
             self._descriptors += server[:3]
             peer = _in_new_namespace(_peer_end)
             self.peer_tun, self.namespace, peer_devices = peer
@@ -174,13 +180,16 @@ class Link:
     def close(self) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
-        if hasattr(self, "listener"):
-            self.listener.close()
+        for listener in self.listeners.values():
+            listener.close()
 
     @property
-    def port(self) -> int:
-        port: int = self.listener.getsockname()[1]
-        return port
+    def ports(self) -> dict[str, int]:
+        """By the names of the ways."""
+        return {
+            way.name: listener.getsockname()[1]
+            for way, listener in self.listeners.items()
+        }
 
     def is_quiet(self) -> bool:
         """Whether the server's kernel has nothing more to send to who is still there."""
@@ -209,52 +218,6 @@ def _read_all(descriptor: int) -> str:
     while part := os.read(descriptor, 2**16):
         parts.append(part)
     return b"".join(parts).decode()
-
-
-class Receiver:
-    """What one side's TCP has received, so that it is known which RSTs it obeys.
-
-    RFC 9293, 3.10.7.4: only one that has exactly the expected sequence number; any other
-    it answers with a challenge ACK. Linux obeys one at the end of what it has reported
-    by SACK, too (tcp_validate_incoming()).
-    """
-
-    __slots__ = ("expected", "later", "latest", "lost", "obeyed", "reached", "refused")
-
-    def __init__(self) -> None:
-        self.expected: int | None = None
-        self.later: dict[int, int] = {}  # begin and end of what came too early
-        self.reached = 0  # segments that can complete a handshake, before any RST
-        self.latest = 0  # the number of the latest packet
-        self.lost = self.refused = self.obeyed = 0  # RSTs
-
-    def deliver(self, flags: int, seq: int, length: int) -> None:
-        if flags & RST:
-            ends = self.later.values()
-            if self.expected is None or seq == self.expected or seq in ends:
-                self.obeyed += 1
-            else:
-                self.refused += 1
-            return
-        if flags & SYN:
-            if self.expected is None:  # and not a copy that is late
-                self.expected = (seq + 1) % 2**32
-            return
-        self.reached += not self.obeyed
-        end = (seq + length + bool(flags & FIN)) % 2**32
-        if self.expected is None or not _is_beyond(end, self.expected):
-            return
-        self.later[seq] = end
-        while joined := [b for b in self.later if not _is_beyond(b, self.expected)]:
-            for begin in joined:
-                end = self.later.pop(begin)
-                if _is_beyond(end, self.expected):
-                    self.expected = end
-
-
-def _is_beyond(seq: int, other: int) -> bool:
-    """Whether *seq* comes after *other*: RFC 9293, 3.4."""
-    return 0 < (seq - other) % 2**32 < 2**31
 
 
 class Flow:

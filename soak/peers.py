@@ -1,8 +1,10 @@
-"""The peers: `python -m soak.peers FILE SEED PORT [NAMESPACE]`.
+"""The peers: `python -m soak.peers FILE SEED TRUST PORTS SHARE [NAMESPACE]`.
 
 Plain non-blocking sockets, which know nothing of anyio_rst. What each peer saw becomes a
-line of FILE. PORT is that of the server on loopback, or across the link whose peers' end
-is in the network namespace of the descriptor NAMESPACE.
+line of FILE. SHARE is the place of theirs in `plans.SHARES`; the lossy one is across the
+link whose peers' end is in the network namespace of the descriptor NAMESPACE. PORTS are
+the server's for each way, as JSON. TRUST is a file with the authority behind the server's
+certificate.
 
 Commands come on the standard input. `round FIRST COUNT` runs that many connections.
 `settled N` is the answer when all have begun, N of them with success, and all that can
@@ -19,252 +21,61 @@ import os
 import resource
 import select
 import socket
-import struct
 import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING
 
 from . import link
+from .peer import PARKED, Peer, name_of
 from .plans import (
-    DRAIN_TIMEOUT,
     ENDLESS,
-    FLOOD,
     KIB,
     LINK_PORTS,
     LOOPBACK_PORTS,
-    PATTERN,
     PEER_ADDRESS,
-    REQUEST,
     SERVER_ADDRESS,
+    SHARES,
     VANISH_AFTER,
     VANISHING_PORTS,
     Manner,
-    Plan,
-    Work,
-    place,
+    Way,
     plans,
-    request,
 )
+from .tls import LOOPBACK_ADDRESS, TLSSocket, peer_context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Iterator
     from typing import TextIO
-
-# What a peer yields: None to wait for an event, seconds to sleep, or PARKED.
-Pause: TypeAlias = "float | None"
-Steps: TypeAlias = "Generator[Pause, None, None]"
-PARKED = -1.0  # until there is nothing left to wait for
 
 LOOPBACK_AT_ONCE = 128
 LINK_AT_ONCE = 600
-RECEIVE_SIZE = 256 * KIB
 PATIENCE = 60.0  # seconds; a peer that has not seen an end by then sees none
 # The same behind `finish`. Across the link all has arrived then.
 FINISH_LOOPBACK, FINISH_LINK = 20.0, 0.5
 REPORT_EVERY = 20  # connections
-LINGER_RESET = struct.pack("ii", 1, 0)
 EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
-GONE = (errno.ECONNRESET, errno.EPIPE)
-
-
-class Peer:
-    """One connection, and what was seen of it."""
-
-    def __init__(self, plan: Plan, address: tuple[str, int], sock: socket.socket) -> None:
-        self.plan = plan
-        self.address = address
-        self.sock = sock
-        self.steps = self.BEHAVIOURS[plan.kind](self)
-        self.connected = False
-        self.close = "NONE"
-        self.received = 0
-        self.sent = 0  # behind the request
-        self.wrong = False
-        self.sleeping = self.parked = False
-        self._place = place(plan.number)
-
-    def line(self) -> str:
-        plan = self.plan
-        fields = (
-            plan.number,
-            plan.kind,
-            plan.work,
-            plan.manner.value,
-            plan.size,
-            plan.lossy,
-            *self.address,
-            self.connected,
-            self.close,
-            self.received,
-            self.sent,
-            self.wrong,
-        )
-        return json.dumps(fields) + "\n"
-
-    # How the kinds of peers behave.
-
-    def good(self) -> Steps:
-        yield from self._send(request(self.plan))
-        yield from self._read_to_end()
-
-    def slow(self) -> Steps:
-        yield from self._send(request(self.plan))
-        if self.plan.manner is Manner.LATE:
-            yield DRAIN_TIMEOUT * 1.5
-        for _ in range(10):
-            yield 0.01
-            if self._read(4 * KIB):
-                return
-        yield from self._read_to_end()
-
-    def failing(self) -> Steps:
-        yield from self._send(request(self.plan))
-        if self.plan.work is Work.TORN:  # in the middle of it, so it has to begin
-            yield from self._read_to_end(at_most=1)
-            self.sent += self.sock.send(b"!")
-            yield PARKED
-        yield from self._read_to_end()
-
-    def flooding(self) -> Steps:
-        plan = self.plan
-        yield from self._send(request(plan))
-        endless = plan.manner is Manner.ENDLESS
-        ended = False
-        while endless or self.sent < plan.upload:
-            before = self.received
-            if not ended:
-                ended = self._read(RECEIVE_SIZE)
-                if ended and (plan.manner is Manner.STOPPING or self.close != "FIN"):
-                    return
-            try:
-                piece = FLOOD if endless else FLOOD[: plan.upload - self.sent]
-                self.sent += self.sock.send(piece)
-                if endless:
-                    yield 0.05
-            except BlockingIOError:
-                if self.received == before:  # an event tells of what is new, only
-                    yield None
-            except OSError as exc:
-                yield from self._read_behind(exc, ended=ended)
-                return
-        if not ended:
-            yield from self._read_to_end()
-
-    def half_closing(self) -> Steps:
-        yield from self._send(request(self.plan))
-        try:
-            while self.sent < self.plan.upload:
-                try:
-                    self.sent += self.sock.send(FLOOD[: self.plan.upload - self.sent])
-                except BlockingIOError:
-                    yield None
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError as exc:
-            yield from self._read_behind(exc, ended=False)
-            return
-        yield from self._read_to_end()
-
-    def resetting(self) -> Steps:
-        plan = self.plan
-        header = request(plan)
-        if plan.manner is Manner.BEFORE_REQUEST:
-            header = b""
-        elif plan.manner is Manner.IN_REQUEST:
-            header = header[: REQUEST.size // 2]
-        yield from self._send(header)
-        if plan.manner is Manner.WAITING:
-            yield 0.01
-        elif plan.manner is Manner.IN_ANSWER:
-            yield from self._read_to_end(at_most=8 * KIB)
-        elif plan.manner is Manner.AFTER_END:
-            yield from self._read_to_end()
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-        self.close = "RESET" if self.close in ("NONE", "FIN") else self.close
-
-    def vanishing(self) -> Steps:
-        """On loopback nothing can get lost: it stays, and does nothing any more."""
-        manner = self.plan.manner
-        yield from self._send(
-            b"" if manner is Manner.BEFORE_REQUEST else request(self.plan)
-        )
-        if not self.plan.lossy:
-            yield PARKED
-        yield from self._read_to_end()
-
-    BEHAVIOURS: ClassVar[dict[str, Callable[[Peer], Steps]]] = {
-        "good": good,
-        "failing": failing,
-        "slow": slow,
-        "flooding": flooding,
-        "half-closing": half_closing,
-        "resetting": resetting,
-        "vanishing": vanishing,
-    }
-
-    # What they do it with.
-
-    def _send(self, data: bytes) -> Steps:
-        """The first thing that is sent. Raises OSError if nobody can be reached."""
-        while not self.connected:
-            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error))
-            try:
-                self.sock.getpeername()
-                self.connected = True
-            except OSError:
-                yield None
-        if data and self.sock.send(data) != len(data):
-            raise AssertionError("a send buffer that does not hold a request")
-
-    def _read(self, size: int) -> bool:
-        """Read once; True at the end."""
-        try:
-            data = self.sock.recv(size)
-        except BlockingIOError:
-            return False
-        except OSError as exc:
-            self.close = "RST" if exc.errno in GONE else errno.errorcode[exc.errno or 0]
-            return True
-        if not data:
-            self.close = "FIN"
-            return True
-        start = self._place + self.received
-        self.received += len(data)
-        # What lies behind the end of the answer is in the pattern too.
-        if PATTERN[start : start + len(data)] != data or self.received > self.plan.size:
-            self.wrong = True
-        return False
-
-    def _read_to_end(self, at_most: int = sys.maxsize) -> Steps:
-        while self.received < at_most:
-            before = self.received
-            if self._read(min(RECEIVE_SIZE, at_most)):
-                return
-            if self.received == before:
-                yield None
-
-    def _read_behind(self, exc: OSError, *, ended: bool) -> Steps:
-        """Sending failed with *exc*; what there was before that can still be read.
-
-        The error has been told, and the end looks like a FIN now. It is one if the
-        error is EPIPE, and not ECONNRESET: tcp_reset() in net/ipv4/tcp_input.c.
-        """
-        if not ended:
-            yield from self._read_to_end()
-            if exc.errno != errno.EPIPE:
-                self.close = "RST" if exc.errno in GONE else str(exc)
 
 
 class Peers:
-    def __init__(self, lines: TextIO, seed: int, port: int, *, lossy: bool) -> None:
+    def __init__(
+        self, lines: TextIO, seed: int, trust: str, ports: dict[str, int], share: int
+    ) -> None:
         self._lines = lines
         self._seed = seed
-        self._lossy = lossy
-        self._server = (SERVER_ADDRESS if lossy else "127.0.0.1", port)
-        self._ordinary = link_addresses(LINK_PORTS) if lossy else loopback_addresses()
+        self._ports = {way: ports[way.name] for way in Way if way.name in ports}
+        self._ways = {
+            way: weight
+            for way, weight in SHARES[share].ways.items()
+            if way in self._ports
+        }
+        self._lossy = lossy = SHARES[share].lossy
+        self._contexts = {old: peer_context(trust, old=old) for old in (False, True)}
+        self._host = SERVER_ADDRESS if lossy else LOOPBACK_ADDRESS
+        self._ordinary = (
+            link_addresses(LINK_PORTS) if lossy else loopback_addresses(share)
+        )
         self._vanishing = {
             manner: link_addresses(VANISHING_PORTS[index :: len(VANISH_AFTER)])
             for index, manner in enumerate(VANISH_AFTER)
@@ -293,7 +104,7 @@ class Peers:
         return bool(arrived)
 
     def _round(self, first: int, count: int) -> None:
-        self._to_come = plans(first, count, self._seed, lossy=self._lossy)
+        self._to_come = plans(first, count, self._seed, self._ways, lossy=self._lossy)
         self._all_begun = False
         self._open: dict[int, Peer] = {}  # by descriptor
         self._timers: list[tuple[float, int, Peer]] = []
@@ -364,8 +175,11 @@ class Peers:
         if plan.lossy and plan.kind == "vanishing":
             manner = plan.manner
             addresses = self._vanishing.get(manner, self._vanishing[Manner.WAITING])
-        peer = Peer(plan, bound(sock, addresses), sock)
-        sock.connect_ex(self._server)
+        tls = None
+        if plan.way.is_tls:
+            tls = TLSSocket(sock, self._contexts[plan.has_old_tls], self._host)
+        peer = Peer(plan, bound(sock, addresses), sock, tls)
+        sock.connect_ex((self._host, self._ports[plan.way]))
         self._open[sock.fileno()] = peer
         self._epoll.register(sock, EVENTS)
         self._busy += 1
@@ -380,7 +194,7 @@ class Peers:
         except StopIteration:
             self._end(peer)
         except OSError as exc:
-            peer.close = errno.errorcode.get(exc.errno or 0, str(exc))
+            peer.close = name_of(exc)
             self._end(peer)
         else:
             if pause == PARKED:
@@ -405,6 +219,7 @@ class Peers:
         self._park(peer)
         del self._open[peer.sock.fileno()]
         peer.sleeping = False
+        peer.say_goodbye()
         peer.sock.close()
         self._lines.write(peer.line())
         self._done += 1
@@ -412,11 +227,11 @@ class Peers:
             say(f"done {REPORT_EVERY}")
 
 
-def loopback_addresses() -> Iterator[tuple[str, int]]:
+def loopback_addresses(share: int) -> Iterator[tuple[str, int]]:
     while True:
         for network in range(1, 255):
             for port in LOOPBACK_PORTS:
-                yield f"127.0.{network}.1", port
+                yield f"127.{share}.{network}.1", port
 
 
 def link_addresses(ports: range) -> Iterator[tuple[str, int]]:
@@ -443,13 +258,20 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def main(path: str, seed: str, port: str, namespace: str | None = None) -> None:
+def main(
+    path: str,
+    seed: str,
+    trust: str,
+    ports: str,
+    share: str,
+    namespace: str | None = None,
+) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if namespace is not None:
         link.enter(int(namespace))
     with Path(path).open("a") as lines:
-        Peers(lines, int(seed), int(port), lossy=namespace is not None).run()
+        Peers(lines, int(seed), trust, json.loads(ports), int(share)).run()
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 import random
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 # Seconds. The server's limits, short enough for those that run into them on purpose.
 DRAIN_TIMEOUT = 1.0
@@ -21,6 +21,41 @@ LOST_TIMEOUT = 3.0  # for that of one whose RST may be lost
 KIB = 1024
 # More than a send buffer and the peer's receive buffer can hold: tcp_wmem and tcp_rmem.
 ENDLESS = 12 * 2**20
+
+
+class Way(enum.Enum):
+    """How a connection comes to its handler. The server has a port for each."""
+
+    NATIVE = "`serve_tcp`"
+    NATIVE_TLS = "`serve_tcp`, TLS"
+    SCOPED = "`scoped`"  # around AnyIO's stream, as the next three
+    SCOPE = "`connection_scope`"
+    START_TLS = "`connection_scope`, `start_tls`"
+    TLS_STREAM = "`connection_scope`, `TLSStream`"
+    TRIO = "`connection_scope`, `trio.SocketStream`"
+    TRIO_TLS = "`connection_scope`, `trio.SSLStream`"
+
+    @property
+    def is_scope(self) -> bool:
+        return self not in NATIVE_WAYS
+
+    @property
+    def is_tls(self) -> bool:
+        return self in TLS_WAYS
+
+    @property
+    def handshake_is_before_scope(self) -> bool:
+        return self is Way.TLS_STREAM
+
+    @property
+    def may_read_ahead(self) -> bool:
+        """Whether another's stream may have read, uncounted, what the handler has not."""
+        return self in (Way.SCOPED, Way.SCOPE)
+
+
+NATIVE_WAYS = (Way.NATIVE, Way.NATIVE_TLS)
+TLS_WAYS = (Way.NATIVE_TLS, Way.START_TLS, Way.TLS_STREAM, Way.TRIO_TLS)
+TRIO_WAYS = (Way.TRIO, Way.TRIO_TLS)
 
 
 class Work(enum.IntEnum):
@@ -56,6 +91,22 @@ class Manner(enum.Enum):
     IN_ANSWER = "in the middle of the answer"
     AFTER_END = "after the FIN"
 
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Peers that go about it at the same time, in a process of their own."""
+
+    part: float
+    """Of all connections."""
+    ways: Mapping[Way, int]
+    """How often, in comparison; a loop may not have all of them."""
+    lossy: bool = False
+
+
+NATIVE_SHARE = Share(0.7, {Way.NATIVE: 6, Way.NATIVE_TLS: 1})
+SCOPES_SHARE = Share(0.2, {way: 1 for way in Way if way.is_scope})
+LOSSY_SHARE = Share(0.1, {Way.NATIVE: 6, Way.NATIVE_TLS: 1}, lossy=True)
+SHARES = (NATIVE_SHARE, SCOPES_SHARE, LOSSY_SHARE)
 
 # In a hundred.
 KINDS = {
@@ -94,6 +145,8 @@ RESETTING = (
     Manner.IN_ANSWER,
     Manner.AFTER_END,
 )
+# TLS has no half-close here: AnyIO's `TLSStream` and Trio's refuse it.
+NOT_IN_TLS = (Work.EOF, Work.EOF_RAISE)
 VANISHING = (Manner.BEFORE_REQUEST, Manner.WAITING, Manner.IN_ANSWER, Manner.AFTER_END)
 
 
@@ -109,6 +162,30 @@ class Plan:
     upload: int
     """Bytes that the peer sends behind its request."""
     lossy: bool
+    way: Way
+
+    @property
+    def shakes_hands(self) -> bool:
+        """Over TLS: whether the peer gets as far as the handshake.
+
+        Some do not that go away before the request. Where the handshake comes before the
+        scope, there would be no scope then.
+        """
+        return (
+            self.manner is not Manner.BEFORE_REQUEST
+            or self.way.handshake_is_before_scope
+            or self.number % 2 == 0
+        )
+
+    @property
+    def says_goodbye(self) -> bool:
+        """Over TLS: whether the peer answers a close_notify with its own."""
+        return self.number % 2 == 0
+
+    @property
+    def has_old_tls(self) -> bool:
+        """Whether the peer has TLS 1.2, and not 1.3."""
+        return self.number % 5 == 0
 
     @property
     def timeout(self) -> float:
@@ -119,16 +196,27 @@ class Plan:
         return WORK_TIMEOUT
 
 
-def plans(first: int, count: int, seed: int, *, lossy: bool) -> Iterator[Plan]:
+def plans(
+    first: int, count: int, seed: int, ways: Mapping[Way, int], *, lossy: bool
+) -> Iterator[Plan]:
     """Those of *count* connections, numbered from *first* on."""
     rng = random.Random(f"{seed} {first} {lossy}")
+    # Apart from the others, so that all loops have the same plans but for the ways.
+    of_ways = random.Random(f"{seed} {first} ways")
+    chosen_ways = of_ways.choices(tuple(ways), tuple(ways.values()), k=count)
     kinds, weights = tuple(KINDS), tuple(KINDS.values())
     chosen = rng.choices(kinds, weights, k=count)
-    for number, kind in enumerate(chosen, first):
-        yield _plan(number, kind, rng, lossy=lossy)
+    for number, (kind, way) in enumerate(zip(chosen, chosen_ways, strict=True), first):
+        if lossy and kind == "vanishing":
+            way = Way.NATIVE  # the link tells the request from a handshake by its place
+        plan = _plan(number, kind, way, rng, lossy=lossy)
+        if way.is_tls and plan.work in NOT_IN_TLS:
+            instead = Work.RAISE if plan.work is Work.EOF_RAISE else Work.ANSWER
+            plan = replace(plan, work=instead)
+        yield plan
 
 
-def _plan(number: int, kind: str, rng: random.Random, *, lossy: bool) -> Plan:
+def _plan(number: int, kind: str, way: Way, rng: random.Random, *, lossy: bool) -> Plan:
     work, manner, upload = Work.ANSWER, Manner.PLAIN, 0
     # Most answers are small, a few fill the buffers.
     most = rng.choice((1, 4, 16, 32 if lossy else 128)) * KIB
@@ -160,7 +248,7 @@ def _plan(number: int, kind: str, rng: random.Random, *, lossy: bool) -> Plan:
             work = Work.WAIT
         elif manner is Manner.IN_ANSWER:
             size = 32 * KIB if lossy else ENDLESS
-    return Plan(number, kind, work, manner, size, upload, lossy)
+    return Plan(number, kind, work, manner, size, upload, lossy, way)
 
 
 # The request: id, work, size of the answer, bytes that follow, milliseconds it may take.

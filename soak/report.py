@@ -6,10 +6,13 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .judge import WRONG, Verdict
-from .plans import KINDS
+from .plans import KINDS, Way
+
+if TYPE_CHECKING:
+    from .judge import Seen
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -44,6 +47,8 @@ class Result:
     lossy: int = 0
     seen: dict[str, Counter[str]] = field(default_factory=dict)
     """By the kind of the peer, and what it saw."""
+    ways: dict[str, Counter[str]] = field(default_factory=dict)
+    """The verdicts, by the way."""
     endings: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
@@ -57,8 +62,15 @@ class Result:
     wrong: list[str] = field(default_factory=list)
     """The first connections that are, in full."""
 
+    def add(self, seen: Seen, verdict: Verdict) -> None:
+        self.connections += 1
+        self.lossy += seen.lossy
+        self.seen.setdefault(seen.kind, Counter())[seen.close] += 1
+        self.verdicts[verdict.name] += 1
+        self.ways.setdefault(seen.way, Counter())[verdict.name] += 1
+
     def disagreements(self) -> int:
-        return sum(self.verdicts[verdict.name] for verdict in WRONG)
+        return number_wrong(self.verdicts)
 
     def quarters(self, name: str) -> tuple[float, float]:
         """The means of the first and of the last quarter, without the warm-up."""
@@ -85,6 +97,9 @@ class Result:
         found = [*self.faults, *self.growth()]
         if self.disagreements():
             found.append(f"{self.disagreements()} disagreements")
+            for way, verdicts in self.ways.items():
+                if wrong := number_wrong(verdicts):
+                    found.append(f"{wrong} of them: {way}")
         return found
 
     @classmethod
@@ -92,9 +107,14 @@ class Result:
         result = cls(**stored)
         result.samples = [Sample(**sample) for sample in stored["samples"]]
         result.seen = {kind: Counter(seen) for kind, seen in stored["seen"].items()}
+        result.ways = {way: Counter(found) for way, found in stored["ways"].items()}
         for name in ("endings", "causes", "verdicts", "link"):
             setattr(result, name, Counter(stored[name]))
         return result
+
+
+def number_wrong(verdicts: Counter[str]) -> int:
+    return sum(verdicts[verdict.name] for verdict in WRONG)
 
 
 @dataclass
@@ -175,6 +195,16 @@ def by_kind(result: Result) -> str:
     return table([f"peers, {result.loop}", *head], body)
 
 
+def by_way(results: list[Result]) -> str:
+    body = []
+    for way in Way:
+        found = [r.ways.get(way.value, Counter()) for r in results]
+        counts = [f"{sum(f.values()):,} / {number_wrong(f):,}" for f in found]
+        body.append([way.value, *counts])
+    head = "connections / **disagreements** among them"
+    return table([head, *(r.loop for r in results)], body)
+
+
 def by_cause(results: list[Result]) -> str:
     causes = sorted({cause for result in results for cause in result.causes})
     body = [[f"`{c}`", *(f"{r.causes[c]:,}" for r in results)] for c in causes]
@@ -188,6 +218,7 @@ def tables(report: Report) -> str:
         f"{about['date']}, seed {about['seed']}: {about['versions']}; {machine}.",
         f"The lossy link: {about['link']}.",
         summary(results),
+        by_way(results),
         *map(by_kind, results),
         by_cause(results),
     ]

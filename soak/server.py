@@ -1,12 +1,15 @@
-"""The server that is soaked: `python -m soak.server LOOP FILE [DESCRIPTOR]`.
+"""The server that is soaked: `python -m soak.server LOOP FILE CERTIFICATE [DESCRIPTORS]`.
 
-It appends a line to FILE for each connection that has ended, and serves on loopback, and
-on the listening socket DESCRIPTOR. Commands come on its standard input, and it ends with
-that; each is answered with a line of JSON.
+It appends a line to FILE for each connection that has ended, and serves on loopback, in
+each of the ways, and on the listening sockets DESCRIPTORS, one for each native way. Its
+first line has the ports on loopback. Commands come on its standard input, and it ends
+with that; each is answered with a line of JSON.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import json
 import logging
@@ -16,19 +19,29 @@ import socket
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import fail_after, move_on_after, sleep, sleep_forever
+from anyio import fail_after, move_on_after
+from anyio.abc import SocketAttribute
 from outcome import Error
 
 from anyio_rst import Connection, Drain, Server, serve_tcp
 
-from .plans import DRAIN_TIMEOUT, PATTERN, REQUEST, REQUEST_TIMEOUT, Work
-from .plans import place as place_of
+from .plans import (
+    DRAIN_TIMEOUT,
+    NATIVE_WAYS,
+    REQUEST,
+    REQUEST_TIMEOUT,
+    TRIO_WAYS,
+    Way,
+)
+from .scopes import Scopes
+from .tls import LOOPBACK_ADDRESS, server_context
+from .works import WORKS, Finished, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    import ssl
     from typing import TextIO
 
 LOOPBACK = "127."
@@ -38,14 +51,6 @@ NO_DESCRIPTORS = 4
 STARVED_AT_MOST = 5.0  # seconds
 
 PAGE_SIZE = resource.getpagesize()
-
-
-class Failure(Exception):
-    """What a handler raises that was asked to fail."""
-
-
-class Finished(Exception):
-    """What is declared a clean end."""
 
 
 class Records(logging.Handler):
@@ -64,145 +69,22 @@ class Records(logging.Handler):
             self.next_starved.set()
 
 
-class Request:
-    def __init__(self, header: bytes) -> None:
-        self.number, work, self.size, self.upload, timeout = REQUEST.unpack(header)
-        self.work = Work(work)
-        self.timeout = timeout / 1000
-        self.finished: float | None = None  # when the drain began
-        place = place_of(self.number)
-        # Which send() takes as well, and which copies nothing.
-        view = memoryview(PATTERN)[place : place + self.size]
-        self.answer = cast("bytes", view)
-        self.half = self.answer[: self.size // 2]
-
-
-async def read_all(conn: Connection, request: Request) -> None:
-    received = 0
-    async for data in conn:
-        received += len(data)
-    if received != request.upload:
-        raise AssertionError(f"{received} of {request.upload} bytes were uploaded")
-
-
-async def answer(conn: Connection, request: Request) -> None:
-    await conn.send(request.answer)
-
-
-async def pieces(conn: Connection, request: Request) -> None:
-    step = request.size // 4 + 1
-    for start in range(0, request.size, step):
-        await conn.send(request.answer[start : start + step])
-        await sleep(0.002)
-
-
-async def close(conn: Connection, request: Request) -> None:
-    await conn.send(request.answer)
-    request.finished = anyio.current_time()
-    await conn.aclose()
-    raise Failure
-
-
-async def finish_on(conn: Connection, request: Request) -> None:
-    await conn.send(request.answer)
-    raise Finished
-
-
-async def group(conn: Connection, request: Request) -> None:
-    async with conn.create_task_group() as tg:
-        tg.start_soon(sleep_forever)
-        await conn.send(request.answer)
-        tg.cancel_scope.cancel()
-
-
-async def eof(conn: Connection, request: Request) -> None:
-    await conn.send(request.answer)
-    await conn.send_eof()
-    await read_all(conn, request)
-
-
-async def read_all_answer(conn: Connection, request: Request) -> None:
-    await read_all(conn, request)
-    await conn.send(request.answer)
-
-
-async def fail(conn: Connection, request: Request) -> None:
-    await conn.send(request.half)
-    raise Failure
-
-
-async def read_all_fail(conn: Connection, request: Request) -> None:
-    await read_all(conn, request)
-    await conn.send(request.half)
-    raise Failure
-
-
-async def cancel(conn: Connection, request: Request) -> None:
-    with move_on_after(0.01):
-        async with conn:
-            await conn.send(request.half)
-            await sleep_forever()
-
-
-async def group_fail(conn: Connection, request: Request) -> None:
-    async def child() -> None:
-        await conn.send(request.half)
-        raise Failure
-
-    async with conn.create_task_group() as tg:
-        tg.start_soon(child)
-        await sleep_forever()
-
-
-async def abort(conn: Connection, request: Request) -> None:
-    await conn.send(request.half)
-    conn.abort()
-
-
-async def torn(conn: Connection, request: Request) -> None:
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(conn.send, request.answer)
-        await conn.receive(1)  # when the peer has got something
-        tg.cancel_scope.cancel()
-
-
-async def eof_fail(conn: Connection, request: Request) -> None:
-    await conn.send(request.answer)
-    await conn.send_eof()
-    raise Failure
-
-
-async def wait(conn: Connection, request: Request) -> None:
-    await read_all(conn, request)
-
-
-WORKS: dict[Work, Callable[[Connection, Request], Awaitable[None]]] = {
-    Work.ANSWER: answer,
-    Work.PIECES: pieces,
-    Work.CLOSE: close,
-    Work.FINISH_ON: finish_on,
-    Work.GROUP: group,
-    Work.EOF: eof,
-    Work.READ_ALL: read_all_answer,
-    Work.RAISE: fail,
-    Work.READ_ALL_RAISE: read_all_fail,
-    Work.CANCEL: cancel,
-    Work.GROUP_FAIL: group_fail,
-    Work.ABORT: abort,
-    Work.TORN: torn,
-    Work.EOF_RAISE: eof_fail,
-    Work.WAIT: wait,
-}
-
-
 class Soaked:
     """The server, and what it knows of its connections."""
 
-    def __init__(self, endings: TextIO) -> None:
+    def __init__(self, endings: TextIO, context: ssl.SSLContext) -> None:
         self.records = Records()
         self.ended = 0  # on loopback
         self._endings = endings
         self._requests: dict[Connection, Request] = {}
+        self.servers: list[Server] = []
+        self.scopes = Scopes(
+            self,
+            context,
+            finish_on=Finished,
+            drain=Drain(timeout=DRAIN_TIMEOUT),
+            backlog=BACKLOG,
+        )
 
     async def handle(self, conn: Connection) -> None:
         with fail_after(REQUEST_TIMEOUT):
@@ -218,11 +100,10 @@ class Soaked:
                 if request.finished is None:
                     request.finished = anyio.current_time()
 
-    def on_ending(self, conn: Connection) -> None:
+    def on_ending(self, way: Way, conn: Connection) -> None:
         ending = conn.ending
         assert ending is not None
-        assert ending.remote_address is not None
-        host, port = ending.remote_address
+        host, port = ending.remote_address or (None, None)
         outcome = ending.outcome
         request = self._requests.pop(conn, None)
         drained = None
@@ -240,25 +121,47 @@ class Soaked:
             ending.fin_sent_before_reset,
             type(outcome.error).__name__ if isinstance(outcome, Error) else None,
             drained,
+            way.value,
         )
+        self._write(line)
+
+    def on_refusal(
+        self, way: Way, address: tuple[str, int] | None, exc: Exception | None
+    ) -> None:
+        """A connection that has never come into a scope."""
+        host, port = address or (None, None)
+        ending = ("REFUSED", "", "NONE", 0, None, False, type(exc).__name__, None)
+        self._write((host, port, None, *ending, way.value))
+
+    def _write(self, line: tuple[object, ...]) -> None:
+        """The fields of `judge.Ended`."""
         self._endings.write(json.dumps(line) + "\n")
-        self.ended += host.startswith(LOOPBACK)
+        # The others are across the link, where every address is known.
+        self.ended += line[0] is None or str(line[0]).startswith(LOOPBACK)
 
-    def status(self, server: Server) -> dict[str, Any]:
-        return {"open": len(server.connections), "ended": self.ended}
+    def note(self, fault: str) -> None:
+        self.records.counts[fault] += 1
 
-    def sample(self, server: Server) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
+        still_open = sum(len(server.connections) for server in self.servers)
+        return {"open": still_open + self.scopes.open, "ended": self.ended}
+
+    def sample(self) -> dict[str, Any]:
         """At rest: what it holds."""
         self._endings.flush()
         gc.collect()
-        statistics = server.statistics()
+        # glibc would hold on to what the large answers of TLS took: malloc_trim(3).
+        ctypes.CDLL(None).malloc_trim(0)
+        kinds: Counter[str] = Counter()
+        for server in self.servers:
+            for kind, number in server.statistics().endings_by_kind.items():
+                kinds[kind.value] += number
         return {
             "rss": int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE,
             "descriptors": len(os.listdir("/proc/self/fd")),
             "blocks": sys.getallocatedblocks(),
-            "kinds": {k.value: n for k, n in statistics.endings_by_kind.items()},
+            "kinds": kinds,  # of the native ways
             "records": self.records.counts,
-            "accepted": statistics.accepted_connections,
         }
 
     async def starve(self, failures: int) -> dict[str, Any]:
@@ -275,7 +178,7 @@ class Soaked:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         return {"failures": self.records.starved - before}
 
-    async def obey(self, server: Server) -> None:
+    async def obey(self) -> None:
         """Until the standard input ends."""
         read = b""
         while True:
@@ -289,10 +192,16 @@ class Soaked:
                 if command == "starve":
                     reply = await self.starve(int(arguments[0]))
                 else:
-                    reply = {"status": self.status, "sample": self.sample}[command](
-                        server
-                    )
+                    reply = {"status": self.status, "sample": self.sample}[command]()
                 say(reply)
+
+
+async def warm_up() -> None:
+    """Make a stream: with its first, uvloop opens a descriptor that it keeps (libuv)."""
+    async with await anyio.create_tcp_listener(local_host=LOOPBACK_ADDRESS) as listener:
+        port = listener.extra(SocketAttribute.local_port)
+        async with await anyio.connect_tcp(LOOPBACK_ADDRESS, port):
+            pass
 
 
 def say(reply: dict[str, Any]) -> None:
@@ -300,38 +209,52 @@ def say(reply: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-async def serve(endings: TextIO, descriptors: list[int]) -> None:
-    soaked = Soaked(endings)
+async def serve(
+    endings: TextIO, ways: list[Way], certificate: str, descriptors: list[int]
+) -> None:
+    context = server_context(certificate)
+    soaked = Soaked(endings, context)
     logger = logging.getLogger("anyio_rst")
     logger.addHandler(soaked.records)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    sockets = [socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)]
-    sockets += [socket.socket(fileno=descriptor) for descriptor in descriptors]
+    await warm_up()
+    ports = {}
     async with anyio.create_task_group() as tg:
-        start = tg.start(
-            lambda *, task_status: serve_tcp(
+        for index, way in enumerate(NATIVE_WAYS):
+            sockets = [socket.create_server((LOOPBACK_ADDRESS, 0), backlog=BACKLOG)]
+            if descriptors:
+                sockets.append(socket.socket(fileno=descriptors[index]))
+            serve_way = functools.partial(
+                serve_tcp,
                 soaked.handle,
                 sockets=sockets,
                 finish_on=Finished,
                 drain=Drain(timeout=DRAIN_TIMEOUT),
-                on_ending=soaked.on_ending,
-                task_status=task_status,
+                on_ending=functools.partial(soaked.on_ending, way),
+                ssl_context=context if way.is_tls else None,
+                handshake_timeout=REQUEST_TIMEOUT,
             )
-        )
-        server = await start
-        say({"port": server.port})
-        await soaked.obey(server)
+            server = await tg.start(serve_way)
+            soaked.servers.append(server)
+            ports[way.name] = server.port
+        for way in ways:
+            if way.is_scope:
+                ports[way.name] = await soaked.scopes.listen(way, tg)
+        say({"ports": ports})
+        await soaked.obey()
         tg.cancel_scope.cancel()
 
 
-def main(loop: str, path: str, *descriptors: str) -> None:
+def main(loop: str, path: str, certificate: str, *descriptors: str) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with Path(path).open("a") as endings:
         anyio.run(
             serve,
             endings,
+            [way for way in Way if loop == "trio" or way not in TRIO_WAYS],
+            certificate,
             list(map(int, descriptors)),
             backend="trio" if loop == "trio" else "asyncio",
             backend_options={"use_uvloop": True} if loop == "uvloop" else {},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,9 +18,27 @@ sys.path.append(str(ROOT))
 
 from soak import link, report  # noqa: E402
 from soak.judge import Arrived, Ended, Flow, Seen, Verdict, judge  # noqa: E402
-from soak.link import FIN, RST, SYN, Receiver  # noqa: E402
-from soak.plans import DRAIN_TIMEOUT, KINDS, Manner, Work  # noqa: E402
+from soak.matching import Endings  # noqa: E402
+from soak.plans import (  # noqa: E402
+    DRAIN_TIMEOUT,
+    KINDS,
+    NOT_IN_TLS,
+    SHARES,
+    TRIO_WAYS,
+    Manner,
+    Way,
+    Work,
+    plans,
+)
+from soak.receiver import FIN, RST, SYN, Receiver  # noqa: E402
 from soak.report import Result, Sample  # noqa: E402
+from soak.tls import (  # noqa: E402
+    LOOPBACK_ADDRESS,
+    TLSSocket,
+    make_certificate,
+    peer_context,
+    server_context,
+)
 
 CONNECTIONS = 400
 
@@ -29,6 +49,7 @@ SEEN = Seen(
     manner=Manner.PLAIN.value,
     size=100,
     lossy=False,
+    way=Way.NATIVE.value,
     host="127.0.1.1",
     port=10_007,
     connected=True,
@@ -36,6 +57,7 @@ SEEN = Seen(
     received=100,
     sent=0,
     wrong=False,
+    close_notify=False,
 )
 ENDED = Ended(
     host="127.0.1.1",
@@ -49,6 +71,7 @@ ENDED = Ended(
     fin_sent_before_reset=False,
     error=None,
     drained=0.01,
+    way=Way.NATIVE.value,
 )
 SEEN_RST = SEEN._replace(kind="failing", work=Work.RAISE, close="RST", received=50)
 ENDED_RST = ENDED._replace(kind="RST", cause="RAISED", peer="NONE", error="Failure")
@@ -56,6 +79,13 @@ SEEN_RESET = SEEN._replace(kind="resetting", work=Work.WAIT, close="RESET", rece
 ENDED_RESET = ENDED_RST._replace(peer="RST", error="PeerReset")
 SEEN_FLOODING = SEEN._replace(kind="flooding", sent=5000)
 ENDED_FLOODING = ENDED._replace(discarded=5000)
+
+SEEN_TLS = SEEN._replace(way=Way.NATIVE_TLS.value, close_notify=True)
+ENDED_TLS = ENDED._replace(way=Way.NATIVE_TLS.value)
+SEEN_TLS_RST = SEEN_RST._replace(way=Way.NATIVE_TLS.value)
+ENDED_TLS_RST = ENDED_RST._replace(way=Way.NATIVE_TLS.value)
+SEEN_SCOPE_RESET = SEEN_RESET._replace(way=Way.SCOPE.value)
+REFUSED = ENDED_RESET._replace(kind="REFUSED", cause="", number=None, way=Way.SCOPE.value)
 
 PASSED = Arrived(lost=0, refused=0, obeyed=0, reached=9)
 OBEYED = PASSED._replace(obeyed=1)
@@ -74,6 +104,9 @@ def test_small_soak_passes(loop: str, tmp_path: Path) -> None:
     assert sum(result.verdicts.values()) == CONNECTIONS
     assert result.disagreements() == 0
     assert set(result.seen) == set(KINDS)
+    ways = {way.value for way in Way if loop == "trio" or way not in TRIO_WAYS}
+    assert set(result.ways) == ways
+    assert sum(map(Counter.total, result.ways.values())) == CONNECTIONS
     assert result.accept_failures
     assert f"{CONNECTIONS} connections" in found.stderr
     if (missing := link.available()) is None:
@@ -88,7 +121,7 @@ def test_killed_soak_leaves_no_process_behind() -> None:
     run = [sys.executable, "-m", "soak", "--loops", "asyncio"]
     with subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE) as soak:
         children = Path(f"/proc/{soak.pid}/task/{soak.pid}/children")
-        expected = 2 if link.available() is not None else 4
+        expected = 3 if link.available() is not None else 5
         while len(children.read_text().split()) < expected:
             assert soak.poll() is None
             time.sleep(0.02)
@@ -108,6 +141,18 @@ def test_killed_soak_leaves_no_process_behind() -> None:
             SEEN_RST._replace(work=Work.EOF_RAISE, close="FIN", received=100),
             ENDED_RST._replace(fin_sent_before_reset=True),
         ),
+        (SEEN_TLS, ENDED_TLS),
+        (SEEN_TLS_RST, ENDED_TLS_RST),
+        (
+            # The handshake, by its timeout.
+            SEEN_TLS_RST._replace(kind="vanishing", received=0),
+            ENDED_TLS_RST._replace(number=None, cause="CANCELLED"),
+        ),
+        (
+            # What AnyIO's stream has read ahead is in no count.
+            SEEN_FLOODING._replace(way=Way.SCOPE.value),
+            ENDED_FLOODING._replace(way=Way.SCOPE.value, discarded=10),
+        ),
     ],
 )
 def test_truth_is_agreed_upon(seen: Seen, ended: Ended) -> None:
@@ -120,6 +165,12 @@ def test_truth_is_agreed_upon(seen: Seen, ended: Ended) -> None:
         (SEEN._replace(received=99), ENDED, "not all of the answer"),
         (SEEN._replace(close="RST"), ENDED, "the peer saw RST"),
         (SEEN._replace(close="NONE"), ENDED, "the peer saw NONE"),
+        (SEEN_TLS._replace(received=99), ENDED_TLS, "not all of the answer"),
+        (
+            SEEN_TLS_RST._replace(close_notify=True),
+            ENDED_TLS_RST,
+            "close_notify, and not all",
+        ),
     ],
 )
 def test_lost_answer_is_found(seen: Seen, ended: Ended, reason: str) -> None:
@@ -146,12 +197,100 @@ def test_lost_answer_is_found(seen: Seen, ended: Ended, reason: str) -> None:
         (SEEN, ENDED._replace(peer="NONE"), "before the limit"),
         (SEEN_RESET, ENDED_RESET._replace(peer="NONE"), "RST is not in the Ending"),
         (SEEN_FLOODING, ENDED_FLOODING._replace(discarded=4999), "the 5000 sent"),
+        (SEEN_TLS._replace(close_notify=False), ENDED_TLS, "no close_notify"),
+        (
+            SEEN_TLS_RST._replace(close_notify=True, received=100),
+            ENDED_TLS_RST,
+            "a close_notify before the RST",
+        ),
+        (SEEN_TLS_RST._replace(close="FIN"), ENDED_TLS_RST, "no close_notify"),
+        (SEEN, ENDED_TLS, "another way"),
+        (
+            SEEN_RST._replace(received=0),
+            ENDED_RST._replace(number=None, cause="CANCELLED"),
+            "an unexpected cause",
+        ),
+        (
+            SEEN_FLOODING._replace(way=Way.SCOPE.value),
+            ENDED_FLOODING._replace(way=Way.SCOPE.value, discarded=5001),
+            "more than was sent",
+        ),
+        (
+            SEEN_RST._replace(way=Way.SCOPE.value),
+            REFUSED,
+            "the peer had not reset",
+        ),
     ],
 )
 def test_lie_is_found(seen: Seen, ended: Ended | None, reason: str) -> None:
     verdict, found = judge(seen, ended, None)
     assert verdict is Verdict.DISAGREEMENT
     assert reason in found
+
+
+def test_peer_that_reset_before_its_scope_is_matched_without_an_address() -> None:
+    result = Result("asyncio")
+    ends = Endings(result)
+    anonymous = REFUSED._replace(host=None, port=None)
+    numbered = ENDED_RESET._replace(host=None, port=None, way=Way.SCOPE.value)
+    for ended in (anonymous, numbered, numbered._replace(number=8)):
+        ends.add(ended)
+    still_there = SEEN._replace(way=Way.SCOPE.value, number=9)
+    other_way = SEEN_SCOPE_RESET._replace(way=Way.SCOPED.value, number=9)
+    assert ends.pop(still_there) is None
+    assert ends.pop(other_way) is None
+    assert ends.pop(SEEN_SCOPE_RESET) == numbered
+    assert ends.pop(SEEN_SCOPE_RESET._replace(number=9)) == anonymous
+    assert judge(SEEN_SCOPE_RESET, anonymous, None)[0] is Verdict.NEVER_SCOPED
+    assert [ended.number for ended in ends.left()] == [8]
+    assert result.endings == Counter(RST=2)
+
+
+def test_each_share_has_its_ways_and_tls_only_what_it_can() -> None:
+    ways: Counter[Way] = Counter()
+    for share in SHARES:
+        for plan in plans(0, 2000, 0, share.ways, lossy=share.lossy):
+            assert plan.way in share.ways
+            assert not (plan.way.is_tls and plan.work in NOT_IN_TLS)
+            ways[plan.way] += 1
+    assert set(ways) == set(Way)
+    assert sum(share.part for share in SHARES) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("end", ["nothing", "close_notify", "garbage"])
+def test_tls_peer_tells_the_ends_apart(old: bool, end: str, tmp_path: Path) -> None:
+    certificate, trust = make_certificate(tmp_path)
+    with socket.create_server((LOOPBACK_ADDRESS, 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+
+    def serve() -> None:
+        context = server_context(str(certificate))
+        with context.wrap_socket(accepted, server_side=True) as tls:
+            assert tls.recv(5) == b"hello"
+            tls.sendall(b"answer")
+            if end == "nothing":
+                socket.socket(fileno=tls.detach()).close()
+                return
+            raw = tls.unwrap()
+            if end == "garbage":
+                raw.sendall(b"!")
+            raw.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with sock:
+        tls = TLSSocket(sock, peer_context(str(trust), old=old), LOOPBACK_ADDRESS)
+        tls.do_handshake()
+        assert tls.send(b"hello") == 5
+        assert tls.recv(100) == b"answer"
+        if end != "nothing":
+            tls.shutdown(socket.SHUT_WR)
+        assert tls.recv(100) == (b"!" if end == "garbage" else b"")
+        assert tls.close_notify is (end != "nothing")
+        assert tls.recv(100) == b""
+    thread.join()
 
 
 def test_lost_reset_is_explained_only_by_what_the_link_knows() -> None:
@@ -238,8 +377,9 @@ def test_growth_is_a_failure(changes: dict[str, int]) -> None:
 @pytest.mark.parametrize("verdict", [Verdict.DISAGREEMENT, Verdict.LOST_ANSWER])
 def test_disagreement_is_a_failure(verdict: Verdict) -> None:
     result = steady()
-    result.verdicts = Counter({"AGREED": 5, verdict.name: 1})
-    assert result.failures() == ["1 disagreements"]
+    result.add(SEEN, Verdict.AGREED)
+    result.add(SEEN_TLS, verdict)
+    assert result.failures() == ["1 disagreements", "1 of them: `serve_tcp`, TLS"]
 
 
 def test_page_shows_the_results_of_a_long_run_without_a_failure() -> None:
@@ -251,11 +391,13 @@ def test_page_shows_the_results_of_a_long_run_without_a_failure() -> None:
         assert result.failures() == []
         assert result.connections == 200_000
         assert result.lossy > 0
+        assert sum(map(Counter.total, result.ways.values())) == 200_000
 
 
 def test_results_can_be_stored(tmp_path: Path) -> None:
     result = steady()
-    result.seen = {"good": Counter(FIN=3)}
+    result.add(SEEN, Verdict.AGREED)
+    result.add(SEEN_TLS, Verdict.AGREED)
     stored = report.Report({"seed": "0"}, [result])
     stored.save(tmp_path / "results.json")
     assert report.load(tmp_path / "results.json") == stored
