@@ -381,3 +381,26 @@ async def test_send_on_a_session_that_ended_without_close_notify_is_a_loss(
         assert data == b""
 
     await talk(way, side, body, script, standard_compatible=False)
+
+
+@each_own_session
+async def test_session_over_a_closed_stream_is_refused(way: str, side: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, anyio.fail_after(LONG):
+        given: list[Any] = []
+
+        async def ours() -> None:
+            given.append(await session(way, listener.getsockname()[1], tls_options(side)))
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(ours)
+            with await anyio.to_thread.run_sync(Accepted, listener) as raw:
+                context = client_context() if side == "server" else server_context()
+                await TLSPeer(raw, context, server_side=side == "client").handshake()
+                await settled()
+                (stream,) = given
+                tls = stream.receive_stream if way == "buffered" else stream
+                await tls.transport_stream.aclose()
+                await settled()  # uvloop's transport shows no socket any more
+                with pytest.raises(anyio.ClosedResourceError, match="closed already"):
+                    async with connection_scope(stream):
+                        pytest.fail("it could be entered")

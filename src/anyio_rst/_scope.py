@@ -21,7 +21,7 @@ from ._connection import (
 from ._ending import check_finish_on
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain, check_drain
-from ._takeover import Source, discard, is_anyios
+from ._takeover import Source, attributes_of, discard, is_anyios
 from ._tls import SecureStream
 from ._tls_engines import engine_of
 
@@ -179,7 +179,7 @@ def _connection_in(stream: object) -> Connection | None:
     if isinstance(stream, Connection):
         return stream
     if isinstance(stream, ByteStream) and not is_anyios(stream):
-        attributes: Mapping[Any, Callable[[], Any]] = stream.extra_attributes
+        attributes: Mapping[Any, Callable[[], Any]] = attributes_of(stream)
         found = attributes.get(ConnectionAttribute.connection)
         return None if found is None else cast("Connection", found())
     return None

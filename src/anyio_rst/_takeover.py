@@ -124,6 +124,14 @@ def is_anyios(stream: object) -> bool:
     return type(stream).__module__ in (_ON_ASYNCIO, _ON_TRIO)
 
 
+def attributes_of(stream: ByteStream) -> Mapping[Any, Callable[[], Any]]:
+    """Its extra attributes; none if it is closed and cannot even tell."""
+    try:
+        return stream.extra_attributes
+    except AttributeError:  # a closed transport of uvloop shows no socket to AnyIO
+        return {}
+
+
 def _look_under(stream: object) -> tuple[Any, Address | None]:
     """The socket of a stream of AnyIO's, and the peer's address, if there is one.
 
@@ -135,10 +143,9 @@ def _look_under(stream: object) -> tuple[Any, Address | None]:
             "connection_scope() takes a byte stream over TCP (AnyIO's SocketStream, TLS "
             f"or buffered streams over it, or Trio's), not {name}"
         )
-    try:
-        attributes: Mapping[Any, Callable[[], Any]] = stream.extra_attributes
-    except AttributeError:
-        return None, None  # a closed transport of uvloop shows no socket to AnyIO
+    attributes = attributes_of(stream)
+    if not attributes and is_anyios(stream):
+        return None, None
     if SocketAttribute.raw_socket not in attributes:
         raise TypeError(
             f"{name} is not a TCP connection: it has no SocketAttribute.raw_socket"
