@@ -53,6 +53,7 @@ anyio_rst.Connection.detach()
 anyio_rst.Connection.start_tls(ssl_context=None, *, server_side=None, hostname=None,
     standard_compatible=True)
 anyio_rst.Connection.create_task_group()
+anyio_rst.Connection.from_socket(sock_or_fd)
 anyio_rst.Drain(timeout=5.0, max_bytes=None): builtins.object
 anyio_rst.Ending(kind, cause, outcome, peer, remote_address, discarded, unacknowledged,
     fin_sent_before_reset): builtins.object
@@ -129,7 +130,7 @@ def called(function: Any) -> str:
     """The parameters as one calls it: names, kinds and defaults."""
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name == "self":
+        if parameter.name in ("self", "cls"):
             continue
         if parameter.default is anyio.TASK_STATUS_IGNORED:  # shown with its address
             parameter = parameter.replace(default=...)
@@ -141,7 +142,7 @@ def members(cls: type) -> dict[str, Any]:
     """What it defines for its users, but for the fields of a dataclass."""
     fields = getattr(cls, "__dataclass_fields__", {})
     return {
-        name: member
+        name: member.__func__ if isinstance(member, classmethod) else member
         for name, member in vars(cls).items()
         if not name.startswith("_") and name not in fields
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -9,6 +11,7 @@ from anyio import (
     BusyResourceError,
     ClosedResourceError,
     TypedAttributeSet,
+    current_effective_deadline,
     typed_attribute,
 )
 from anyio.abc import SocketStream
@@ -16,10 +19,18 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.buffered import BufferedByteReceiveStream, BufferedByteStream
 from outcome import Error, Value
 
-from ._ending import KIND_OF, Cause, CloseKind, Ending, cause_of_exit, verdict
+from ._ending import (
+    KIND_OF,
+    Cause,
+    CloseKind,
+    Ending,
+    cause_of_exit,
+    in_flight,
+    verdict,
+)
 from ._io import RECEIVE_SIZE
 from ._lifecycle import Lifecycle
-from ._task_group import ConnectionTaskGroup
+from ._task_group import ConnectionTaskGroup, is_stopped
 from ._tls import SecureStream, check_tls
 
 if TYPE_CHECKING:
@@ -29,6 +40,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from anyio.abc import ByteStream, TaskGroup
+    from typing_extensions import Self
 
     from ._limits import Drain
     from ._native import NativeStream
@@ -55,6 +67,7 @@ class Connection(SocketStream):
     """
 
     __slots__ = (
+        "_at_entry",
         "_drain",
         "_ending",
         "_finish_on",
@@ -80,6 +93,7 @@ class Connection(SocketStream):
         # Where a wrapper is in between: who receives, and who sends and is to be closed.
         self._source: BufferedByteReceiveStream | ByteStream | None = None
         self._sink: ByteStream | None = None
+        self._at_entry: BaseException | None = None
         self._outcome: Value[object] | Error | None = None
         self._ending: Ending | None = None
 
@@ -175,13 +189,17 @@ class Connection(SocketStream):
         """Finish now: FIN, drain, close. The explicit success.
 
         What happens after it in the body cannot change the ending. If a send was cut
-        short before, the connection is reset all the same. Cancelled, it stops draining
-        and closes at once.
+        short before, the connection is reset all the same. Cancelled while it drains,
+        it closes at once, also when another task had called it.
+
+        In a scope that is cancelled already it is no success, but the way to give up
+        (:func:`anyio.aclose_forcefully`, `finally: await conn.aclose()` in a handler
+        that is cancelled): reset, :attr:`Cause.CANCELLED`. Under a shield it finishes.
         """
-        if self._life.cause is None:
-            await self._end(Cause.CLOSED)
-        else:
-            await self._life.wait()
+        cause = Cause.CLOSED
+        if current_effective_deadline() == -math.inf and not is_stopped(self._life):
+            cause = Cause.CANCELLED
+        await self._end(cause)
         await checkpoint()
 
     def abort(self) -> None:
@@ -290,7 +308,23 @@ class Connection(SocketStream):
         way to stop the others, is not a failure, and neither are the exceptions of
         *finish_on*.
         """
-        return ConnectionTaskGroup(self._reset, self._finish_on)
+        return ConnectionTaskGroup(self._life, self._reset, self._finish_on)
+
+    @classmethod
+    async def from_socket(cls, sock_or_fd: socket.socket | int) -> NoReturn:
+        """Not for a connection, which needs a scope to end with.
+
+        Raises:
+          NotImplementedError: always; *sock_or_fd* is untouched.
+        """
+        raise NotImplementedError(
+            "a Connection needs a scope: "
+            "connection_scope(await anyio.abc.SocketStream.from_socket(sock))"
+        )
+
+    async def __aenter__(self) -> Self:
+        self._at_entry = sys.exc_info()[1]
+        return self
 
     async def __aexit__(
         self,
@@ -299,8 +333,9 @@ class Connection(SocketStream):
         exc_tb: TracebackType | None,
     ) -> None:
         # AsyncResource would call aclose(), which is FIN, however the block was left.
-        if self._life.cause is None:
-            await self._end(cause_of_exit(exc_val, self._finish_on))
+        exc = exc_val or in_flight(self._at_entry)
+        self._at_entry = None
+        await self._end(cause_of_exit(exc, self._finish_on))
 
     async def _end(self, cause: Cause) -> None:
         """The verdict falls: *cause*, unless a send was torn."""
@@ -376,7 +411,11 @@ async def conclude(connection: Connection, result: object) -> None:
 async def conclude_failed(connection: Connection, exc: BaseException) -> None:
     """The body has raised *exc*: the same. A reset is over without a checkpoint."""
     connection._outcome = Error(exc)
-    await connection._end(cause_of_exit(exc, connection._finish_on))
+    cause = cause_of_exit(exc, connection._finish_on)
+    if cause is Cause.CANCELLED and connection._lent is not None:
+        if is_stopped(connection._life):
+            return  # with the scope in it, on purpose: what is around that goes on
+    await connection._end(cause)
 
 
 def cut_short(connection: Connection) -> None:

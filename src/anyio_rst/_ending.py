@@ -114,9 +114,25 @@ def all_leaves(
     exc: BaseException, kind: type[BaseException] | tuple[type[BaseException], ...]
 ) -> bool:
     """Whether *exc* is of that kind, or a group of nothing else."""
-    if isinstance(exc, BaseExceptionGroup):
-        return all(all_leaves(inner, kind) for inner in exc.exceptions)
-    return isinstance(exc, kind)
+    # Without recursion: a client may choose how deep the groups are.
+    waiting = [exc]
+    while waiting:
+        exc = waiting.pop()
+        if isinstance(exc, BaseExceptionGroup):
+            waiting.extend(exc.exceptions)
+        elif not isinstance(exc, kind):
+            return False
+    return True
+
+
+def in_flight(at_entry: BaseException | None) -> BaseException | None:
+    """The exception that is being handled, if it began after *at_entry* was seen.
+
+    So a block that is left by hand, by `finally: await stack.aclose()` for example, is
+    not left normally.
+    """
+    exc = sys.exc_info()[1]
+    return None if exc is at_entry else exc
 
 
 def _cancelled_class() -> type[BaseException] | tuple[()]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from anyio import ClosedResourceError
@@ -18,7 +19,7 @@ from ._connection import (
     put_under,
     run,
 )
-from ._ending import check_finish_on
+from ._ending import check_finish_on, in_flight
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain, check_drain
 from ._takeover import Source, attributes_of, discard, is_anyios
@@ -66,6 +67,8 @@ def connection_scope(
       unchanged. So it is when the process dies.
     - The body returns, but a send was cut short before, or is half done in another
       task: RST.
+    - It is left with no exception while one that began inside of it is being handled,
+      by `finally: await stack.aclose()` for example: RST, too.
 
     A cancellation during the drain only ends the drain.
 
@@ -186,10 +189,11 @@ def _connection_in(stream: object) -> Connection | None:
 
 
 class _ConnectionScope:
-    __slots__ = ("_connection", "_entry")
+    __slots__ = ("_at_entry", "_connection", "_entry")
 
     def __init__(self, entry: _Entry) -> None:
         self._entry: _Entry | None = entry
+        self._at_entry: BaseException | None = None
         self._connection = cast("Connection", None)
 
     async def __aenter__(self) -> Connection:
@@ -197,6 +201,7 @@ class _ConnectionScope:
             raise RuntimeError("a connection_scope() can only be entered once")
         self._connection = self._entry.enter()
         self._entry = None
+        self._at_entry = sys.exc_info()[1]
         return self._connection
 
     async def __aexit__(
@@ -205,10 +210,12 @@ class _ConnectionScope:
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        if exc_val is None:
+        exc = exc_val or in_flight(self._at_entry)
+        self._at_entry = None
+        if exc is None:
             await conclude(self._connection, None)
         else:
-            await conclude_failed(self._connection, exc_val)
+            await conclude_failed(self._connection, exc)
 
 
 def scoped(

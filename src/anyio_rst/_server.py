@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from anyio import (
@@ -277,6 +278,10 @@ def _split_cancelled(
     exc: BaseException,
 ) -> tuple[BaseException | None, BaseException | None]:
     cancelled = get_cancelled_exc_class()
+    if all_leaves(exc, cancelled):
+        return exc, None
     if isinstance(exc, BaseExceptionGroup):
-        return exc.split(cancelled)
-    return (exc, None) if isinstance(exc, cancelled) else (None, exc)
+        # Groups may be deeper than split() can go. Whoever cancelled does so again.
+        with suppress(RecursionError):
+            return exc.split(cancelled)
+    return None, exc

@@ -40,12 +40,14 @@ class ConnectionTaskGroup(TaskGroup):
 
     def __init__(
         self,
+        life: object,
         reset: Callable[[Cause], None],
         finish_on: tuple[type[BaseException], ...],
     ) -> None:
         # A scope of its own around AnyIO's group: AnyIO cancels the group's scope for
         # a cancellation from outside as well, and then it could not be told who did.
         self.cancel_scope = anyio.CancelScope()
+        self._life = life  # of the connection, whichever scope it is seen from
         self._reset = reset
         self._finish_on = finish_on
         self._group = anyio.create_task_group()
@@ -89,16 +91,16 @@ class ConnectionTaskGroup(TaskGroup):
             self._childless = anyio.Event()
             await self._childless.wait()
 
-    def was_stopped(self, reset: Callable[[Cause], None]) -> bool:
+    def was_stopped(self, life: object) -> bool:
         """Whether it, or what is around it, was cancelled on purpose."""
-        if self._reset == reset and self.cancel_scope.cancel_called:
+        if self._life is life and self.cancel_scope.cancel_called:
             return True
-        return self._around is not None and self._around.was_stopped(reset)
+        return self._around is not None and self._around.was_stopped(life)
 
     def _left_by(self, exc: BaseException, left: ConnectionTaskGroup | _Child) -> None:
         cause = cause_of_exit(exc, self._finish_on)
         if cause is Cause.CANCELLED:
-            if not left.was_stopped(self._reset):
+            if not left.was_stopped(self._life):
                 self._reset(Cause.CANCELLED)
             return
         if cause is not Cause.FINISH_ON:
@@ -180,18 +182,24 @@ class _Child:
         self._task_status.started(value)
         self.has_started = True
 
-    def was_stopped(self, reset: Callable[[Cause], None]) -> bool:
+    def was_stopped(self, life: object) -> bool:
         """Whether it, or what is around it, was cancelled on purpose."""
         handle = self.handle
         if handle is not None and handle.status is type(handle).Status.CANCELLING:
             return True
-        return self._group.was_stopped(reset)
+        return self._group.was_stopped(life)
 
 
 # Where the running task is, so that a group knows the groups around it.
 _around: ContextVar[ConnectionTaskGroup | _Child | None] = ContextVar(
     "anyio_rst task group", default=None
 )
+
+
+def is_stopped(life: object) -> bool:
+    """Whether the running task is in a group of that connection that was stopped."""
+    around = _around.get()
+    return around is not None and around.was_stopped(life)
 
 
 def _name_of(func: Callable[..., Any]) -> str:

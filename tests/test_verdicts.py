@@ -1,0 +1,235 @@
+"""Ends that look like something else than they are."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+
+from anyio_rst import (
+    Cause,
+    CloseKind,
+    Connection,
+    Drain,
+    PeerClose,
+    connect_tcp,
+    connection_scope,
+    serve_tcp,
+)
+
+from serving import (
+    LONG,
+    Peer,
+    Seen,
+    assert_finished,
+    assert_reset,
+    connection_of,
+    foreign_pair,
+)
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+pytestmark = pytest.mark.anyio
+
+
+class Failure(Exception):
+    pass
+
+
+def ended(conn: Connection) -> tuple[CloseKind, Cause]:
+    assert conn.ending is not None
+    return conn.ending.kind, conn.ending.cause
+
+
+# Left by hand, with an exception in flight.
+
+
+async def test_scope_that_is_left_while_an_exception_is_in_flight_resets() -> None:
+    stream, peer = await foreign_pair()
+    with peer:
+        stack = AsyncExitStack()
+        conn = await stack.enter_async_context(connection_scope(stream))
+        with pytest.raises(Failure) as caught:
+            try:
+                await conn.send(b"half")
+                raise Failure
+            finally:
+                await stack.aclose()
+        assert await peer.read_to_end() == Seen(b"half", PeerClose.RST)
+    assert ended(conn) == (CloseKind.RST, Cause.RAISED)
+    assert conn.ending is not None
+    assert conn.ending.outcome is not None
+    with pytest.raises(Failure) as raised:
+        conn.ending.outcome.unwrap()
+    assert raised.value is caught.value
+
+
+async def test_client_that_is_left_while_an_exception_is_in_flight_resets() -> None:
+    closes: list[PeerClose] = []
+
+    async def read(conn: Connection) -> None:
+        async for _ in conn:
+            pass
+
+    def report(conn: Connection) -> None:
+        assert conn.ending is not None
+        closes.append(conn.ending.peer)
+        reported.set()
+
+    reported = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        serve = partial(serve_tcp, read, host="127.0.0.1", on_ending=report)
+        server = await tg.start(serve)
+        stack = AsyncExitStack()
+        conn = await stack.enter_async_context(connect_tcp("127.0.0.1", server.port))
+        with suppress(Failure):
+            try:
+                raise Failure
+            finally:
+                await stack.aclose()
+        await reported.wait()
+        server.stop()
+    assert closes == [PeerClose.RST]
+    assert ended(conn) == (CloseKind.RST, Cause.RAISED)
+
+
+async def test_block_of_the_connection_left_while_an_exception_is_in_flight_resets(
+    kind: str,
+) -> None:
+    async with connection_of(kind) as (conn, peer):
+        stack = AsyncExitStack()
+        await stack.enter_async_context(conn)
+        with suppress(Failure):
+            try:
+                raise Failure
+            finally:
+                await stack.aclose()
+    await assert_reset(conn, peer, Cause.RAISED)
+
+
+async def test_scope_that_begins_and_ends_in_the_handling_of_an_exception_finishes(
+    kind: str,
+) -> None:
+    try:
+        raise Failure
+    except Failure:
+        async with connection_of(kind) as (conn, peer):
+            with suppress(ValueError):
+                raise ValueError from None
+    await assert_finished(conn, peer, Cause.RETURNED)
+
+
+async def test_explicit_aclose_in_the_handling_of_an_exception_finishes(
+    kind: str,
+) -> None:
+    async with connection_of(kind, drain=None) as (conn, peer):
+        try:
+            raise Failure
+        except Failure:
+            await conn.aclose()
+    await assert_finished(conn, peer, Cause.CLOSED)
+
+
+# Closed in a scope that is cancelled.
+
+
+async def close_forcefully(conn: Connection) -> None:
+    await anyio.aclose_forcefully(conn)
+
+
+async def close_in_the_end(conn: Connection) -> None:
+    with anyio.CancelScope() as scope:
+        try:
+            scope.cancel()
+            await anyio.sleep_forever()
+        finally:
+            await conn.aclose()
+
+
+@pytest.mark.parametrize("give_up", [close_forcefully, close_in_the_end])
+async def test_aclose_in_a_cancelled_scope_resets(kind: str, give_up: Any) -> None:
+    async with connection_of(kind) as (conn, peer):
+        await conn.send(b"half")
+        await give_up(conn)
+        assert conn.ending is not None
+    await assert_reset(conn, peer, Cause.CANCELLED, b"half")
+
+
+async def test_aclose_under_a_shield_finishes(kind: str) -> None:
+    async with connection_of(kind, drain=None) as (conn, peer):
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await conn.aclose()
+    await assert_finished(conn, peer, Cause.CLOSED)
+
+
+async def test_aclose_in_a_group_of_the_connection_that_is_stopped_finishes(
+    kind: str,
+) -> None:
+    async with connection_of(kind, drain=None) as (conn, peer):
+        async with conn.create_task_group() as tg:
+            tg.cancel_scope.cancel()
+            await conn.aclose()
+    await assert_finished(conn, peer, Cause.CLOSED)
+
+
+async def test_cancelled_aclose_cuts_the_drain_of_another_short(kind: str) -> None:
+    async with connection_of(kind, drain=Drain(LONG)) as (conn, peer):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(conn.aclose)
+            assert (await peer.read_to_end()).close is PeerClose.FIN
+            assert conn.ending is None
+            await anyio.aclose_forcefully(conn)
+            assert ended(conn) == (CloseKind.FIN, Cause.CLOSED)
+
+
+# Groups.
+
+
+async def test_stopping_a_group_around_a_nested_scope_is_no_failure(kind: str) -> None:
+    async with connection_of(kind) as (conn, peer):
+        async with conn.create_task_group() as outer:
+            async with connection_scope(conn) as inner:
+                async with inner.create_task_group() as tg:
+                    tg.start_soon(anyio.sleep_forever)
+                    outer.cancel_scope.cancel()
+    await assert_finished(conn, peer, Cause.RETURNED)
+
+
+async def test_groups_of_any_depth_cost_one_connection() -> None:
+    def nested(depth: int) -> ExceptionGroup[Exception]:
+        group = ExceptionGroup("bottom", [Failure()])
+        for _ in range(depth):
+            group = ExceptionGroup("nested", [group])
+        return group
+
+    async def handler(conn: Connection) -> None:
+        raise nested(int(await conn.receive()))
+
+    endings: list[tuple[CloseKind, Cause]] = []
+    async with anyio.create_task_group() as tg:
+        serve = partial(
+            serve_tcp,
+            handler,
+            host="127.0.0.1",
+            on_ending=lambda conn: endings.append(ended(conn)),
+        )
+        server = await tg.start(serve)
+        for depth in (b"1", b"5000", b"1"):
+            with Peer(server.port) as peer:
+                await peer.send(depth)
+                assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+        server.stop()
+    assert endings == [(CloseKind.RST, Cause.GROUP_FAILED)] * 3
+    assert not server.connections
+
+
+async def test_connection_is_not_made_of_a_socket() -> None:
+    with pytest.raises(NotImplementedError, match="needs a scope"):
+        await Connection.from_socket(3)
