@@ -204,7 +204,7 @@ async def test_stopping_a_group_around_a_nested_scope_is_no_failure(kind: str) -
 
 async def test_groups_of_any_depth_cost_one_connection() -> None:
     def nested(depth: int) -> ExceptionGroup[Exception]:
-        group = ExceptionGroup("bottom", [Failure()])
+        group: ExceptionGroup[Exception] = ExceptionGroup("bottom", [Failure()])
         for _ in range(depth):
             group = ExceptionGroup("nested", [group])
         return group
