@@ -412,9 +412,9 @@ async def conclude_failed(connection: Connection, exc: BaseException) -> None:
     """The body has raised *exc*: the same. A reset is over without a checkpoint."""
     connection._outcome = Error(exc)
     cause = cause_of_exit(exc, connection._finish_on)
-    if cause is Cause.CANCELLED and connection._lent is not None:
-        if is_stopped(connection._life):
-            return  # with the scope in it, on purpose: what is around that goes on
+    nested = connection._lent is not None
+    if nested and cause is Cause.CANCELLED and is_stopped(connection._life):
+        return  # a group around the nested scope was stopped: the connection goes on
     await connection._end(cause)
 
 
