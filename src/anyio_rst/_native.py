@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 # Bytes that the drain discards before it lets other tasks run.
 DISCARDED_PER_TURN = 2**20
 
+# And before it closes at a limit: what a receive buffer may hold, and not what a peer may
+# send meanwhile (tcp_rmem of tcp(7)).
+DISCARDED_AT_LAST = 2**23
+
 
 class NativeStream(SocketIO):
     """A complete `anyio.abc.SocketStream` on *sock*, which it owns.
@@ -31,7 +35,7 @@ class NativeStream(SocketIO):
     this order. A :meth:`close` before the FIN is out is a reset.
     """
 
-    __slots__ = ("_last", "discarded", "is_free", "unacknowledged")
+    __slots__ = ("_last", "_undrained", "discarded", "is_free", "unacknowledged")
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class NativeStream(SocketIO):
         self.discarded = 0
         self.is_free = False  # detached: the next scope may have it
         self.unacknowledged: int | None = None
+        self._undrained: Drain | None = None  # the limits of a drain, once it has begun
         self._last = b""  # of the session's words, what the socket has not taken
 
     def __del__(self) -> None:
@@ -109,6 +114,7 @@ class NativeStream(SocketIO):
         """
         if self._sock.fileno() == -1:
             return
+        self._undrained = limits
         while self._receiving:
             await checkpoint()  # a task that was woken is on its way out
         if self._last:
@@ -119,21 +125,15 @@ class NativeStream(SocketIO):
         if self.peer is not PeerClose.NONE:
             return
         self._receiving = True
-        done = False
         try:
             # A peer that waits for our FIN answers within this turn.
             await checkpoint()
-            if done := self._discard(limits):
-                return
-            with move_on_after(limits.timeout):
-                reader = self._reader or self._new_reader()
-                await reader.wait(partial(self._discard, limits))
-                done = True
+            if not self._discard(limits):
+                with move_on_after(limits.timeout):
+                    reader = self._reader or self._new_reader()
+                    await reader.wait(partial(self._discard, limits))
         finally:
             self._receiving = False
-            if not done and self._sock.fileno() != -1:
-                # Cut short, it leaves nothing unread that has arrived by now.
-                self._discard(limits, _sockets.unread(self._sock))
 
     async def _send_last(self, limits: Drain) -> None:
         """Complete :meth:`send_fin`, and read all the while.
@@ -174,6 +174,10 @@ class NativeStream(SocketIO):
     def close(self) -> None:
         """Close the socket as it is, armed or disarmed."""
         if self._sock.fileno() != -1:
+            if self._undrained is not None and self.peer is PeerClose.NONE:
+                # Whatever cut the drain short: unread, what has arrived by now would
+                # be answered by an RST, and the answer under way be lost.
+                self._discard(self._undrained, DISCARDED_AT_LAST)
             self._measure()
         self._close()
 

@@ -222,12 +222,7 @@ if sys.platform == "linux":
         return not failed
 
     from fcntl import ioctl
-    from termios import FIONREAD, TIOCOUTQ
-
-    def unread(sock: socket.socket) -> int:
-        """Bytes that have arrived and wait to be read: SIOCINQ of tcp(7)."""
-        waiting: int = struct.unpack("i", ioctl(sock.fileno(), FIONREAD, b"\0" * 4))[0]
-        return waiting
+    from termios import TIOCOUTQ
 
     # Our FIN has been queued: RFC 9293, 3.3.2; numbers of linux/tcp_states.h.
     _FINISHED = {4, 5, 6, 9, 11}  # FIN_WAIT1 and 2, TIME_WAIT, LAST_ACK, CLOSING
@@ -262,10 +257,6 @@ else:
     def _dissolve(sock: socket.socket) -> bool:
         """Only Linux documents it; the linger option resets on close."""
         return False
-
-    def unread(sock: socket.socket) -> int:
-        """Not known here: as much as a receive buffer may hold."""
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
     def fin_is_out(sock: socket.socket) -> bool:
         """Not known here."""
