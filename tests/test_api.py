@@ -54,7 +54,7 @@ anyio_rst.Connection.start_tls(ssl_context=None, *, server_side=None, hostname=N
     standard_compatible=True)
 anyio_rst.Connection.create_task_group()
 anyio_rst.Connection.from_socket(sock_or_fd)
-anyio_rst.Drain(timeout=5.0, max_bytes=None): builtins.object
+anyio_rst.Drain(timeout=5.0, max_bytes=None, total=None): builtins.object
 anyio_rst.Ending(kind, cause, outcome, peer, remote_address, discarded, unacknowledged,
     fin_sent_before_reset): builtins.object
 anyio_rst.PeerClose: enum.Enum
@@ -70,16 +70,17 @@ anyio_rst.ServerStatistics(open_connections, accepted_connections, endings_by_ki
     endings_by_cause): builtins.object
 anyio_rst.connect_tcp(host, port, *, local_host=None, local_port=None,
     happy_eyeballs_delay=0.25, tls=False, ssl_context=None, tls_hostname=None,
-    tls_standard_compatible=True, finish_on=(), drain=Drain(timeout=5.0,
-    max_bytes=None))
+    tls_standard_compatible=True, finish_on=(), drain=Drain(timeout=1.0, max_bytes=None,
+    total=None))
 anyio_rst.connection_scope(stream, *, finish_on=(), drain=Drain(timeout=5.0,
-    max_bytes=None))
-anyio_rst.scoped(handler, *, finish_on=(), drain=Drain(timeout=5.0, max_bytes=None))
+    max_bytes=None, total=None))
+anyio_rst.scoped(handler, *, finish_on=(), drain=Drain(timeout=5.0, max_bytes=None,
+    total=None))
 anyio_rst.serve_tcp(handler, port=0, *, host=None, backlog=65536, reuse_port=False,
     sockets=None, max_connections=None, finish_on=(), drain=Drain(timeout=5.0,
-    max_bytes=None), propagate_errors=False, task_group=None, on_ending=None,
-    ssl_context=None, tls_standard_compatible=True, handshake_timeout=30.0,
-    task_status=Ellipsis)
+    max_bytes=None, total=None), propagate_errors=False, task_group=None,
+    on_ending=None, ssl_context=None, tls_standard_compatible=True,
+    handshake_timeout=30.0, task_status=Ellipsis)
 anyio_rst.testing.Capture: builtins.object
 anyio_rst.testing.Capture.segments
 anyio_rst.testing.Capture.having(flags)
@@ -115,9 +116,9 @@ anyio_rst.testing.assert_rst(peer, *, timeout=10.0)
 anyio_rst.testing.capture_segments(port)
 anyio_rst.testing.connect_peer(port, *, host='127.0.0.1', receive_buffer=None)
 anyio_rst.testing.open_pair(*, host='127.0.0.1', finish_on=(), drain=Drain(timeout=5.0,
-    max_bytes=None))
+    max_bytes=None, total=None))
 anyio_rst.testing.open_peer(*, host='127.0.0.1', finish_on=(), drain=Drain(timeout=5.0,
-    max_bytes=None), faults=None, small_buffers=False)
+    max_bytes=None, total=None), faults=None, small_buffers=False)
 """
 
 # Made by the library alone, so what makes them is no promise.

@@ -278,6 +278,57 @@ async def test_drain_of_no_time_discards_what_has_arrived(
     assert ending.discarded == len(b"unread")
 
 
+IMPATIENCE = 0.2
+
+
+@pytest.mark.anyio
+async def test_slow_reader_gets_all_of_the_answer(kind: str) -> None:
+    """The drain waits as long as the answer is being taken, however long that takes."""
+    data = BIG_ANSWER[: 2**18]
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(data)
+
+    async with serve(kind, handler, drain=Drain(timeout=IMPATIENCE)) as service:
+        with service.connect(buffer=SMALL_BUFFER) as peer:
+            seen = b""
+            start = anyio.current_time()
+            while anyio.current_time() < start + 4 * IMPATIENCE:
+                await anyio.sleep(IMPATIENCE / 2)
+                seen += peer.sock.recv(SMALL_BUFFER // 2)
+            assert len(seen) < len(data)
+            rest = await peer.read_to_end()
+        ending = await service.ending()
+    assert_whole(Seen(seen + rest.data, rest.close), data)
+    assert ending.kind is CloseKind.FIN
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "drain", [Drain(timeout=IMPATIENCE), Drain(timeout=ENDLESS, total=IMPATIENCE)]
+)
+async def test_peer_that_only_sends_makes_no_progress(kind: str, drain: Drain) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(MIDDLING_ANSWER)
+
+    async with serve(kind, handler, drain=drain) as service:
+        with service.connect(buffer=SMALL_BUFFER) as peer:
+            async with anyio.create_task_group() as tg:
+
+                async def trickle() -> None:
+                    with suppress(OSError):
+                        while True:
+                            peer.sock.send(b"x")
+                            await anyio.sleep(IMPATIENCE / 10)
+
+                tg.start_soon(trickle)
+                ending = await service.ending()
+                tg.cancel_scope.cancel()
+    assert_finished(ending, PeerClose.NONE)
+    assert ending.discarded
+    assert ending.unacknowledged
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("how", ["abort", "cancel", "urgent"])
 async def test_drain_that_is_cut_short_discards_first_what_has_arrived(
@@ -534,3 +585,8 @@ def test_max_bytes_is_refused_by_name(max_bytes: Any, error: type[Exception]) ->
 def test_limits_are_accepted(timeout: float, max_bytes: int | None) -> None:
     drain = Drain(timeout, max_bytes)
     assert (drain.timeout, drain.max_bytes) == (timeout, max_bytes)
+
+
+def test_total_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="Drain total must be finite"):
+        Drain(total=-1)

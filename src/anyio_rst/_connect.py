@@ -10,7 +10,7 @@ import anyio
 from . import _sockets
 from ._connection import Connection
 from ._ending import check_finish_on
-from ._limits import DEFAULT_DRAIN, Drain, check_drain
+from ._limits import CLIENTS_DRAIN, Drain, check_drain
 from ._scope import connection_scope
 from ._takeover import discard
 from ._tls import check_tls
@@ -41,7 +41,7 @@ def connect_tcp(
     tls_hostname: str | None = None,
     tls_standard_compatible: bool = True,
     finish_on: FinishOn = (),
-    drain: Drain | None = DEFAULT_DRAIN,
+    drain: Drain | None = CLIENTS_DRAIN,
 ) -> AbstractAsyncContextManager[Connection, None]:
     """Connect over TCP, and end the connection the way the body ends.
 
@@ -61,7 +61,9 @@ def connect_tcp(
       tls_standard_compatible: False for protocols that delimit themselves; see
         :meth:`Connection.start_tls`.
       finish_on: see :func:`connection_scope`.
-      drain: see :func:`connection_scope`.
+      drain: see :func:`connection_scope`. To return in the middle of a download is
+        success, and the drain reads the rest of it for as long as that lasts;
+        :meth:`Connection.abort` is the way to give one up.
 
     Raises:
       OSError: the connection could not be made.

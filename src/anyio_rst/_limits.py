@@ -19,8 +19,13 @@ class Drain:
     the drain.
 
     Args:
-      timeout: seconds from our FIN on. 0 discards only what has already arrived.
+      timeout: seconds without progress, which is that the peer's TCP acknowledges what
+        we have sent: a slow reader gets all of it. What the peer sends is none. It is
+        looked at once in that time, so it may take twice as long to be missed. Where
+        that cannot be seen (all but Linux), seconds from our FIN on. 0 discards only
+        what has already arrived.
       max_bytes: bytes to discard, or None for no limit.
+      total: seconds from our FIN on, whatever the progress, or None for no limit.
 
     Raises:
       TypeError: a limit is not a number.
@@ -29,10 +34,13 @@ class Drain:
 
     timeout: float = 5.0
     max_bytes: int | None = None
+    total: float | None = None
 
     def __post_init__(self) -> None:
         # What is typed as a number may still be something else in an untyped program.
         check_seconds("Drain timeout", self.timeout)
+        if self.total is not None:
+            check_seconds("Drain total", self.total)
         max_bytes: object = self.max_bytes
         if max_bytes is None:
             return
@@ -62,6 +70,10 @@ def check_number(name: str, value: object, least: int, most: int | None) -> None
 
 
 DEFAULT_DRAIN = Drain()
+
+# A client that has its answer has nothing in flight, and a server that ignores its FIN
+# must not hold it up for long.
+CLIENTS_DRAIN = Drain(timeout=1.0)
 
 
 def check_drain(drain: object) -> None:

@@ -15,6 +15,7 @@ from ._peer import PeerClose
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Awaitable, Callable
 
     from anyio.abc import SocketStream
 
@@ -117,9 +118,15 @@ class NativeStream(SocketIO):
         self._undrained = limits
         while self._receiving:
             await checkpoint()  # a task that was woken is on its way out
+        if limits.total is None:
+            await self._read_to_end(limits)
+        else:
+            with move_on_after(limits.total):
+                await self._read_to_end(limits)
+
+    async def _read_to_end(self, limits: Drain) -> None:
         if self._last:
-            with move_on_after(limits.timeout):
-                await self._send_last(limits)
+            await self._while_taken(limits, partial(self._send_last, limits))
             if self._last:
                 return
         if self.peer is not PeerClose.NONE:
@@ -129,11 +136,25 @@ class NativeStream(SocketIO):
             # A peer that waits for our FIN answers within this turn.
             await checkpoint()
             if not self._discard(limits):
-                with move_on_after(limits.timeout):
-                    reader = self._reader or self._new_reader()
-                    await reader.wait(partial(self._discard, limits))
+                reader = self._reader or self._new_reader()
+                wait = partial(reader.wait, partial(self._discard, limits))
+                await self._while_taken(limits, wait)
         finally:
             self._receiving = False
+
+    async def _while_taken(
+        self, limits: Drain, wait: Callable[[], Awaitable[None]]
+    ) -> None:
+        """*wait*, for as long as the peer goes on taking what was sent."""
+        left = self._unacknowledged()
+        while True:
+            with move_on_after(limits.timeout) as patience:
+                await wait()
+            before, left = left, self._unacknowledged()
+            if not patience.cancelled_caught or not limits.timeout:
+                return
+            if before is None or left is None or left >= before:
+                return
 
     async def _send_last(self, limits: Drain) -> None:
         """Complete :meth:`send_fin`, and read all the while.
@@ -216,4 +237,7 @@ class NativeStream(SocketIO):
             self._copy.close()
 
     def _measure(self) -> None:
-        self.unacknowledged = _sockets.unacknowledged(self._sock, fin_sent=self.eof_sent)
+        self.unacknowledged = self._unacknowledged()
+
+    def _unacknowledged(self) -> int | None:
+        return _sockets.unacknowledged(self._sock, fin_sent=self.eof_sent)
