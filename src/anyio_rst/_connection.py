@@ -16,7 +16,7 @@ from anyio import (
 )
 from anyio.abc import SocketStream
 from anyio.lowlevel import checkpoint
-from anyio.streams.buffered import BufferedByteReceiveStream, BufferedByteStream
+from anyio.streams.buffered import BufferedByteReceiveStream
 from outcome import Error, Value
 
 from ._ending import (
@@ -30,13 +30,14 @@ from ._ending import (
 )
 from ._io import RECEIVE_SIZE
 from ._lifecycle import Lifecycle
+from ._takeover import put_under
 from ._task_group import ConnectionTaskGroup, is_stopped
 from ._tls import SecureStream, check_tls
 
 if TYPE_CHECKING:
     import socket
     import ssl
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
     from types import TracebackType
 
     from anyio.abc import ByteStream, TaskGroup
@@ -374,32 +375,6 @@ class ConnectionAttribute(TypedAttributeSet):
     """How a scope finds the connection inside of a wrapper around it."""
 
     connection: Connection = typed_attribute()
-
-
-def put_under(buffer: BufferedByteReceiveStream, stream: Any) -> None:
-    """Let AnyIO's buffered stream *buffer* receive from, and send to, *stream*."""
-    while isinstance(inner := buffer.receive_stream, BufferedByteReceiveStream):
-        buffer = inner
-    buffer.receive_stream = stream
-    if isinstance(buffer, BufferedByteStream):
-        # It has no attribute for the stream that it sends to.
-        vars(buffer).update(send=stream.send, send_eof=stream.send_eof)
-
-
-async def run(
-    connection: Connection, handler: Callable[[Connection], Awaitable[object]]
-) -> None:
-    """Run *handler*, and end the connection as its outcome says.
-
-    Raises:
-      BaseException: what *handler* raised, after the end of the connection.
-    """
-    try:
-        result = await handler(connection)
-    except BaseException as exc:
-        await conclude_failed(connection, exc)
-        raise
-    await conclude(connection, result)
 
 
 async def conclude(connection: Connection, result: object) -> None:

@@ -7,7 +7,6 @@ to the TCP connection.
 from __future__ import annotations
 
 import errno
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +15,6 @@ from anyio import (
     BusyResourceError,
     ClosedResourceError,
     EndOfStream,
-    notify_closing,
     wait_writable,
 )
 from anyio.abc import SocketAttribute, SocketStream
@@ -28,7 +26,7 @@ from anyio.lowlevel import (
 
 from . import _sockets
 from ._peer import ConnectionLost, PeerClose, PeerReset
-from ._waiting import reader_for
+from ._waiting import reader_for, tell_waiters
 
 if TYPE_CHECKING:
     import socket
@@ -289,12 +287,6 @@ class SocketIO(SocketStream):
         self.mid_send = bool(rest)
         return rest
 
-    def send_now(self, data: bytes) -> None:
-        """Send what the socket takes of *data* at once, unless a send is half done."""
-        if data and not (self._closed or self.mid_send or self.eof_sent):
-            with suppress(OSError):
-                self._sock.send(data, _sockets.DONTWAIT)
-
     async def send_eof(self) -> None:
         if self._sending:
             raise BusyResourceError("writing to")
@@ -311,17 +303,6 @@ class SocketIO(SocketStream):
                 self.eof_sent = True
         finally:
             self._sending = False
-
-    def look(self) -> None:
-        """Find out whether the peer's end has arrived, where nothing else is to come."""
-        if self.peer is PeerClose.NONE and not self._ahead:
-            try:
-                if not self._sock.recv(1, _sockets.DONTWAIT | _sockets.PEEK):
-                    self._input_ended()
-            except BlockingIOError:
-                pass
-            except OSError as exc:
-                self._fail(exc)  # it is told only once
 
     def fin_is_out(self) -> bool:
         """Whether our FIN has been sent, by whomever."""
@@ -413,8 +394,3 @@ class SocketIO(SocketStream):
 def _is_unknown(loss: BaseException) -> bool:
     """Whether it only says that there is no connection, and not why."""
     return isinstance(loss, OSError) and loss.errno == errno.ENOTCONN
-
-
-def tell_waiters(sock: socket.socket) -> None:
-    with suppress(RuntimeError):  # no event loop: nobody is waiting
-        notify_closing(sock)

@@ -10,8 +10,9 @@ from anyio import create_task_group, move_on_after, wait_writable
 from anyio.lowlevel import checkpoint
 
 from . import _sockets
-from ._io import RECEIVE_SIZE, SocketIO, tell_waiters
+from ._io import RECEIVE_SIZE, SocketIO
 from ._peer import PeerClose
+from ._waiting import tell_waiters
 
 if TYPE_CHECKING:
     import socket
@@ -57,6 +58,23 @@ class NativeStream(SocketIO):
         reader = getattr(self, "_reader", None)
         if reader is not None and self._sock.fileno() != -1:
             reader.forget(self._sock)
+
+    def send_now(self, data: bytes) -> None:
+        """Send what the socket takes of *data* at once, unless a send is half done."""
+        if data and not (self._closed or self.mid_send or self.eof_sent):
+            with suppress(OSError):
+                self._sock.send(data, _sockets.DONTWAIT)
+
+    def look(self) -> None:
+        """Find out whether the peer's end has arrived, where nothing else is to come."""
+        if self.peer is PeerClose.NONE and not self._ahead:
+            try:
+                if not self._sock.recv(1, _sockets.DONTWAIT | _sockets.PEEK):
+                    self._input_ended()
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                self._fail(exc)  # it is told only once
 
     def arm(self) -> None:
         """Let every end but :meth:`send_fin` be an RST."""

@@ -16,13 +16,11 @@ from ._connection import (
     ConnectionAttribute,
     conclude,
     conclude_failed,
-    put_under,
-    run,
 )
 from ._ending import check_finish_on, in_flight
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain, check_drain
-from ._takeover import Source, attributes_of, discard, is_anyios
+from ._takeover import Source, attributes_of, discard, is_anyios, put_under
 from ._tls import SecureStream
 from ._tls_engines import engine_of
 
@@ -258,6 +256,22 @@ def scoped(
         await run(connection, handler)
 
     return serve_one
+
+
+async def run(
+    connection: Connection, handler: Callable[[Connection], Awaitable[object]]
+) -> None:
+    """Run *handler*, and end the connection as its outcome says.
+
+    Raises:
+      BaseException: what *handler* raised, after the end of the connection.
+    """
+    try:
+        result = await handler(connection)
+    except BaseException as exc:
+        await conclude_failed(connection, exc)
+        raise
+    await conclude(connection, result)
 
 
 def check_handler(handler: object, user: str) -> None:

@@ -20,6 +20,7 @@ from anyio import (
     get_cancelled_exc_class,
 )
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
+from anyio.streams.buffered import BufferedByteReceiveStream, BufferedByteStream
 
 from . import _sockets
 from ._io import RECEIVE_SIZE
@@ -337,3 +338,13 @@ def _run_to_wait(coroutine: Coroutine[Any, Any, Any]) -> Any:
     finally:
         coroutine.close()
     return _CHECKPOINTS
+
+
+def put_under(buffer: BufferedByteReceiveStream, stream: Any) -> None:
+    """Let AnyIO's buffered stream *buffer* receive from, and send to, *stream*."""
+    while isinstance(inner := buffer.receive_stream, BufferedByteReceiveStream):
+        buffer = inner
+    buffer.receive_stream = stream
+    if isinstance(buffer, BufferedByteStream):
+        # It has no attribute for the stream that it sends to.
+        vars(buffer).update(send=stream.send, send_eof=stream.send_eof)

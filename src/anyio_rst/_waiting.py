@@ -34,6 +34,12 @@ def reader_for(sock: socket.socket) -> Reader:
     return WaitingReader(sock, is_trios=not on_asyncio)
 
 
+def tell_waiters(sock: socket.socket) -> None:
+    """Wake who waits for *sock*, which is about to be closed, by AnyIO's functions."""
+    with suppress(RuntimeError):  # no event loop: nobody is waiting
+        notify_closing(sock)
+
+
 class WaitingReader:
     """AnyIO's way: on Trio, and where an event loop has no `add_reader()`."""
 
@@ -68,8 +74,7 @@ class WaitingReader:
     def close(self) -> None:
         """Wake who waits, and forget the descriptor, which is about to be closed."""
         if self._waiting:
-            with suppress(RuntimeError):  # no event loop: nobody is waiting
-                notify_closing(self._sock)
+            tell_waiters(self._sock)
 
 
 class RegisteredReader:
