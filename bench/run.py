@@ -32,6 +32,7 @@ from results import (
     Measurement,
     Results,
     Row,
+    load,
 )
 from servers import CHECKED, CONTENDERS, LOOPS, is_available
 
@@ -334,7 +335,7 @@ def main() -> int:
         results.save(options.json)
     if options.write:
         results.save(report.RESULTS)
-        report.write(results)
+        report.write(load(report.RESULTS))  # rounded as they are stored
     if any(m.contender in CHECKED for m in results.wrong()):
         print("FAILED: connections ended wrongly, see above", file=sys.stderr)
         return 1
