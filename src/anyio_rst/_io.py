@@ -94,10 +94,10 @@ class SocketIO(SocketStream):
         loss: BaseException | None = None,
     ) -> None:
         _sockets.never_block(sock)
-        self.remote_address = remote_address
-        self.peer = PeerClose.NONE
-        self.mid_send = torn  # some bytes of a send went out, others did not
-        self.eof_sent = eof_sent
+        self.remote_address: tuple[str, int] | None = remote_address
+        self.peer: PeerClose = PeerClose.NONE
+        self.mid_send: bool = torn  # some bytes of a send went out, others did not
+        self.eof_sent: bool = eof_sent
         self._sock = sock
         self._origin = origin
         self._copy: socket.socket | None = None  # of the socket, for those who ask for it

@@ -46,8 +46,8 @@ class NativeStream(SocketIO):
         **taken_over: Any,
     ) -> None:
         super().__init__(sock, remote_address, **taken_over)
-        self.discarded = 0
-        self.is_free = False  # detached: the next scope may have it
+        self.discarded: int = 0
+        self.is_free: bool = False  # detached: the next scope may have it
         self.unacknowledged: int | None = None
         self._undrained: Drain | None = None  # the limits of a drain, once it has begun
         self._last = b""  # of the session's words, what the socket has not taken
