@@ -82,6 +82,12 @@ class SocketIO(SocketStream):
         "remote_address",
     )
 
+    remote_address: tuple[str, int] | None
+    peer: PeerClose
+    mid_send: bool
+    """Some bytes of a send went out, others did not."""
+    eof_sent: bool
+
     def __init__(
         self,
         sock: socket.socket,
@@ -94,10 +100,10 @@ class SocketIO(SocketStream):
         loss: BaseException | None = None,
     ) -> None:
         _sockets.never_block(sock)
-        self.remote_address: tuple[str, int] | None = remote_address
-        self.peer: PeerClose = PeerClose.NONE
-        self.mid_send: bool = torn  # some bytes of a send went out, others did not
-        self.eof_sent: bool = eof_sent
+        self.remote_address = remote_address
+        self.peer = PeerClose.NONE
+        self.mid_send = torn
+        self.eof_sent = eof_sent
         self._sock = sock
         self._origin = origin
         self._copy: socket.socket | None = None  # of the socket, for those who ask for it

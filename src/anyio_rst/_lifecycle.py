@@ -46,7 +46,7 @@ class Lifecycle:
     def __init__(
         self, native: NativeStream, stream: NativeStream | SecureStream | None = None
     ) -> None:
-        self.native = native
+        self.native: NativeStream = native
         self.stream: NativeStream | SecureStream = native if stream is None else stream
         self.cause: Cause | None = None
         """The verdict, once it has fallen."""
