@@ -84,8 +84,7 @@ class SocketIO(SocketStream):
 
     remote_address: tuple[str, int] | None
     peer: PeerClose
-    mid_send: bool
-    """Some bytes of a send went out, others did not."""
+    mid_send: bool  # some bytes of a send went out, others did not
     eof_sent: bool
 
     def __init__(
@@ -134,7 +133,7 @@ class SocketIO(SocketStream):
             return self._sock
         if self._copy is None:
             self._copy = _sockets.duplicate(self._sock)
-            _sockets.never_block(self._copy)
+            self._copy.setblocking(False)
         return self._copy
 
     @property
