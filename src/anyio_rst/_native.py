@@ -39,6 +39,8 @@ class NativeStream(SocketIO):
 
     __slots__ = ("_last", "_undrained", "discarded", "is_free", "unacknowledged")
 
+    mid_send: bool  # which the close_notify counts for as well
+
     def __init__(
         self,
         sock: socket.socket,
