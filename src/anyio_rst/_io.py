@@ -147,7 +147,6 @@ class SocketIO(SocketStream):
         }
         address = self.remote_address
         if address is not None:
-            # Known to the end, where it goes into a log.
             attributes[SocketAttribute.remote_address] = lambda: address
             attributes[SocketAttribute.remote_port] = lambda: address[1]
         return attributes
