@@ -385,41 +385,6 @@ def test_trio_program_without_anyio_of_its_own() -> None:
     ]
 
 
-# Streams that do not make it easy.
-
-
-class Wrapper(anyio.abc.ByteStream):
-    """A byte stream around another, with an `aclose()` of its own."""
-
-    def __init__(self, stream: anyio.abc.SocketStream) -> None:
-        self.stream = stream
-
-    @property
-    def extra_attributes(self) -> Any:
-        return self.stream.extra_attributes
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        return await self.stream.receive(max_bytes)
-
-    async def send(self, item: bytes) -> None:
-        await self.stream.send(item)
-
-    async def send_eof(self) -> None:
-        await self.stream.send_eof()
-
-    async def aclose(self) -> None:
-        try:
-            await anyio.lowlevel.checkpoint()
-        finally:
-            await self.stream.aclose()
-
-
-class FailingWrapper(Wrapper):
-    async def aclose(self) -> None:
-        await anyio.aclose_forcefully(self.stream)
-        raise OSError("the wrapper has its own trouble")
-
-
 @pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
 async def test_scope_while_another_thread_imports_trio(
     monkeypatch: pytest.MonkeyPatch,

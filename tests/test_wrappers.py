@@ -158,6 +158,13 @@ class NotClosing(Flushing):
         await self.stream.send(self.kept + b".")
 
 
+class Empty(Flushing):
+    """One that counts what it keeps, and is false when that is nothing."""
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+
 class ClosingTwice(Flushing):
     async def aclose(self) -> None:
         await super().aclose()
@@ -166,7 +173,16 @@ class ClosingTwice(Flushing):
 
 CLOSINGS = pytest.mark.parametrize(
     "wrapper",
-    [Flushing, InTaskGroup, UnderLock, Shielded, InThread, NotClosing, ClosingTwice],
+    [
+        Flushing,
+        InTaskGroup,
+        UnderLock,
+        Shielded,
+        InThread,
+        NotClosing,
+        Empty,
+        ClosingTwice,
+    ],
 )
 
 

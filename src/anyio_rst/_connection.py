@@ -123,7 +123,7 @@ class Connection(SocketStream):
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        stream = self._source or self._life.stream
+        stream = self._life.stream if self._source is None else self._source
         return {**stream.extra_attributes, ConnectionAttribute.connection: lambda: self}
 
     # Not async themselves: one coroutine more would be 2 % of a short message, and 3 % of
@@ -146,7 +146,8 @@ class Connection(SocketStream):
         life = self._life
         if life.cause is not None:
             return _refuse()
-        return (self._source or life.stream).receive(max_bytes)
+        stream = life.stream if self._source is None else self._source
+        return stream.receive(max_bytes)
 
     def send(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, item: bytes
@@ -167,7 +168,8 @@ class Connection(SocketStream):
         life = self._life
         if life.cause is not None:
             return _refuse()
-        return (self._sink or life.stream).send(item)
+        stream = life.stream if self._sink is None else self._sink
+        return stream.send(item)
 
     async def send_eof(self) -> None:
         """Send the FIN and go on receiving (half-close, RFC 9293, 3.6).
@@ -184,7 +186,7 @@ class Connection(SocketStream):
         life = self._life
         if life.cause is not None:
             await _refuse()
-        await (self._sink or life.stream).send_eof()
+        await (life.stream if self._sink is None else self._sink).send_eof()
 
     async def aclose(self) -> None:
         """Finish now: FIN, drain, close. The explicit success.

@@ -166,7 +166,8 @@ class _Entry:
         if outer is not None:
             connection._lent = stream
             connection._sink = self._sink
-            connection._source = connection._source or self._sink
+            if connection._source is None:
+                connection._source = self._sink
         return connection
 
     def _on(self, life: Lifecycle) -> Connection:
