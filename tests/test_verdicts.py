@@ -124,6 +124,38 @@ async def test_scope_that_begins_and_ends_in_the_handling_of_an_exception_finish
     await assert_finished(conn, peer, Cause.RETURNED)
 
 
+class Falsy(Exception):
+    def __bool__(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("how", ["scope", "async with conn", "in flight"])
+async def test_exception_that_is_false_resets_as_well(kind: str, how: str) -> None:
+    with pytest.raises(Falsy):
+        async with connection_of(kind) as (conn, peer):
+            stack = AsyncExitStack()
+            if how != "scope":
+                await stack.enter_async_context(conn)
+            if how == "in flight":
+                try:
+                    raise Falsy
+                finally:
+                    await stack.aclose()
+            async with stack:
+                raise Falsy
+    await assert_reset(conn, peer, Cause.RAISED)
+
+
+async def test_exception_that_is_raised_again_in_a_scope_resets(kind: str) -> None:
+    with pytest.raises(Failure):
+        try:
+            raise Failure
+        except Failure as exc:
+            async with connection_of(kind) as (conn, peer):
+                raise exc
+    await assert_reset(conn, peer, Cause.RAISED)
+
+
 async def test_explicit_aclose_in_the_handling_of_an_exception_finishes(
     kind: str,
 ) -> None:

@@ -25,7 +25,7 @@ from ._ending import (
     CloseKind,
     Ending,
     cause_of_exit,
-    in_flight,
+    left_by,
     verdict,
 )
 from ._io import RECEIVE_SIZE
@@ -336,7 +336,7 @@ class Connection(SocketStream):
         exc_tb: TracebackType | None,
     ) -> None:
         # AsyncResource would call aclose(), which is FIN, however the block was left.
-        exc = exc_val or in_flight(self._at_entry)
+        exc = left_by(exc_val, self._at_entry)
         self._at_entry = None
         await self._end(cause_of_exit(exc, self._finish_on))
 

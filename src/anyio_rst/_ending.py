@@ -125,14 +125,18 @@ def all_leaves(
     return True
 
 
-def in_flight(at_entry: BaseException | None) -> BaseException | None:
-    """The exception that is being handled, if it began after *at_entry* was seen.
+def left_by(
+    exc: BaseException | None, at_entry: BaseException | None
+) -> BaseException | None:
+    """What a block was left by: *exc*, or what began in it and is still being handled.
 
     So a block that is left by hand, by `finally: await stack.aclose()` for example, is
-    not left normally.
+    not left normally. *at_entry* is what was being handled before.
     """
-    exc = sys.exc_info()[1]
-    return None if exc is at_entry else exc
+    if exc is not None:
+        return exc
+    handled = sys.exc_info()[1]
+    return None if handled is at_entry else handled
 
 
 def _cancelled_class() -> type[BaseException] | tuple[()]:

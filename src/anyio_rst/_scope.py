@@ -17,7 +17,7 @@ from ._connection import (
     conclude,
     conclude_failed,
 )
-from ._ending import check_finish_on, in_flight
+from ._ending import check_finish_on, left_by
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain, check_drain
 from ._takeover import Source, attributes_of, discard, is_anyios, put_under
@@ -209,7 +209,7 @@ class _ConnectionScope:
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        exc = exc_val or in_flight(self._at_entry)
+        exc = left_by(exc_val, self._at_entry)
         self._at_entry = None
         if exc is None:
             await conclude(self._connection, None)
