@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import sys
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
+from anyio.abc import SocketAttribute
 
 from anyio_rst import (
     Cause,
@@ -20,6 +23,14 @@ from anyio_rst import (
     connection_scope,
     serve_tcp,
 )
+from anyio_rst.testing import (
+    Capture,
+    CaptureUnavailable,
+    Direction,
+    Segment,
+    TCPFlag,
+    capture_segments,
+)
 
 from serving import (
     LONG,
@@ -28,13 +39,19 @@ from serving import (
     assert_finished,
     assert_reset,
     connection_of,
+    error_of,
+    fill_buffers,
     foreign_pair,
+    serve,
+    settled,
 )
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 pytestmark = pytest.mark.anyio
+
+CLOSED = 7  # TCP_CLOSE of linux/tcp_states.h
 
 
 class Failure(Exception):
@@ -265,3 +282,100 @@ async def test_groups_of_any_depth_cost_one_connection() -> None:
 async def test_connection_is_not_made_of_a_socket() -> None:
     with pytest.raises(NotImplementedError, match="needs a scope"):
         await Connection.from_socket(3)
+
+
+# What was on the wire, and what was not.
+
+
+@contextmanager
+def captured(port: int) -> Iterator[Capture]:
+    try:
+        with capture_segments(port) as capture:
+            yield capture
+    except CaptureUnavailable as exc:
+        pytest.skip(str(exc))
+
+
+def sent_by_us(capture: Capture, flag: TCPFlag) -> list[Segment]:
+    return [
+        segment
+        for segment in capture.having(flag)
+        if segment.direction is Direction.FROM_PORT
+    ]
+
+
+async def test_fin_that_a_reset_found_in_the_queue_was_not_sent(kind: str) -> None:
+    filled = anyio.Event()
+
+    async def handler(conn: Connection) -> None:
+        fill_buffers(conn.extra(SocketAttribute.raw_socket))
+        filled.set()
+
+    async with serve(kind, handler) as service:
+        with captured(service.port) as capture:
+            with service.connect(buffer=4096) as peer:
+                await filled.wait()
+                await settled()
+                peer.reset()
+                ending = await service.ending()
+            assert not sent_by_us(capture, TCPFlag.FIN)
+    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.RETURNED)
+    assert ending.peer is PeerClose.RST
+
+
+async def test_fin_of_send_eof_that_our_reset_found_in_the_queue_was_not_sent(
+    kind: str,
+) -> None:
+    async def handler(conn: Connection) -> None:
+        fill_buffers(conn.extra(SocketAttribute.raw_socket))
+        await conn.send_eof()
+        raise Failure
+
+    async with serve(kind, handler) as service:
+        with service.connect(buffer=4096) as peer:
+            ending = await service.ending()
+            assert (await peer.read_to_end()).close is PeerClose.RST
+    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.RAISED)
+    assert not ending.fin_sent_before_reset
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("cause", [Cause.RAISED, Cause.ABORTED])
+async def test_no_reset_is_reported_where_both_had_finished(
+    kind: str, cause: Cause, reads: bool
+) -> None:
+    over = anyio.Event()
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"answer")
+        await conn.send_eof()
+        if reads:
+            with pytest.raises(anyio.EndOfStream):
+                await conn.receive()
+        await over.wait()
+        if cause is Cause.ABORTED:
+            conn.abort()
+        else:
+            raise Failure
+
+    async with serve(kind, handler) as service:
+        with captured(service.port) as capture:
+            with service.connect() as peer:
+                peer.send_eof()
+                assert await peer.read_to_end() == Seen(b"answer", PeerClose.FIN)
+                await acknowledged(peer)
+                over.set()
+                ending = await service.ending()
+            assert not capture.having(TCPFlag.RST)
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, cause)
+    assert ending.peer is PeerClose.FIN
+    assert not ending.fin_sent_before_reset
+    if cause is Cause.RAISED:
+        assert isinstance(error_of(ending), Failure)
+
+
+async def acknowledged(peer: Peer) -> None:
+    """Until both FINs are: what *peer* has left is TIME_WAIT, or nothing."""
+    with anyio.fail_after(LONG):
+        while peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != CLOSED:
+            await anyio.sleep(0.001)

@@ -31,11 +31,12 @@ class CloseKind(enum.Enum):
     """What ended the connection."""
 
     FIN = "FIN"
-    """Our FIN, which told the peer *that was all*."""
+    """Our FIN, which told the peer *that was all*. With a cause that resets: the peer
+    had finished as well, and no RST is sent on a connection that is over."""
 
     RST = "RST"
     """A reset, ours or, where `cause` alone would have earned a FIN, one that came
-    before the FIN could be sent, as a rule the peer's."""
+    before the FIN had left this machine, as a rule the peer's."""
 
     DETACHED = "DETACHED"
     """Nothing. The stream was handed back, open."""
@@ -197,5 +198,5 @@ class Ending:
     None where the platform cannot tell (all but Linux) or nothing was closed."""
 
     fin_sent_before_reset: bool
-    """`send_eof()` had gone out before the reset. A peer on Linux that only reads then
-    sees a clean end, and no later reset can correct that."""
+    """The FIN of `send_eof()` had left before the reset. A peer on Linux that only reads
+    then sees a clean end, and no later reset can correct that."""

@@ -83,9 +83,9 @@ class Lifecycle:
         """The verdict is RST. Synchronous."""
         if self.cause is None:
             self.cause = cause
-            fin_sent = self.native.fin_is_out()
+            kind = CloseKind.FIN if self.native.both_finished() else CloseKind.RST
             self.native.reset()
-            self._end(CloseKind.RST, outcome, fin_sent_before_reset=fin_sent)
+            self._end(kind, outcome)
         else:
             self.cut_short(outcome)
 
@@ -115,7 +115,7 @@ class Lifecycle:
         if self.ending is None:
             native = self.native
             native.close()
-            if native.eof_sent:
+            if native.fin_has_left:
                 self._end(CloseKind.FIN, outcome)
             else:
                 assert self.cause is not None
@@ -134,13 +134,7 @@ class Lifecycle:
                 self._over = Event()
             await self._over.wait()
 
-    def _end(
-        self,
-        kind: CloseKind,
-        outcome: Value[object] | Error | None,
-        *,
-        fin_sent_before_reset: bool = False,
-    ) -> None:
+    def _end(self, kind: CloseKind, outcome: Value[object] | Error | None) -> None:
         assert self.cause is not None
         native = self.native
         self.ending = Ending(
@@ -151,7 +145,7 @@ class Lifecycle:
             remote_address=native.remote_address,
             discarded=native.discarded,
             unacknowledged=native.unacknowledged,
-            fin_sent_before_reset=fin_sent_before_reset,
+            fin_sent_before_reset=kind is CloseKind.RST and native.fin_has_left,
         )
         if self._over is not None:
             self._over.set()

@@ -37,7 +37,14 @@ class NativeStream(SocketIO):
     this order. A :meth:`close` before the FIN is out is a reset.
     """
 
-    __slots__ = ("_last", "_undrained", "discarded", "is_free", "unacknowledged")
+    __slots__ = (
+        "_last",
+        "_undrained",
+        "discarded",
+        "fin_has_left",
+        "is_free",
+        "unacknowledged",
+    )
 
     mid_send: bool  # which the close_notify counts for as well
 
@@ -51,6 +58,7 @@ class NativeStream(SocketIO):
         self.discarded: int = 0
         self.is_free: bool = False  # detached: the next scope may have it
         self.unacknowledged: int | None = None
+        self.fin_has_left: bool = False  # or is left to the kernel; known at the close
         self._undrained: Drain | None = None  # the limits of a drain, once it has begun
         self._last = b""  # of the session's words, what the socket has not taken
 
@@ -86,8 +94,18 @@ class NativeStream(SocketIO):
     def reset(self) -> None:
         """Send the RST and close. Synchronous, and good without an event loop."""
         self._measure()
+        self.fin_has_left = self.fin_is_out() and _sockets.fin_has_left(self._sock)
         _sockets.reset(self._sock)
         self._close()
+
+    def both_finished(self) -> bool:
+        """Whether it has ended by both FINs, and no reset can be sent any more."""
+        if not (self._loss is None and self.fin_is_out()):
+            return False
+        if not _sockets.both_finished(self._sock):
+            return False
+        self.peer = PeerClose.FIN
+        return True
 
     async def send_fin(self, last: bytes = b"") -> None:
         """Send *last* and the FIN behind what the users sent, who are refused now.
@@ -220,6 +238,10 @@ class NativeStream(SocketIO):
                 # be answered by an RST, and the answer under way be lost.
                 self._discard(self._undrained, DISCARDED_AT_LAST)
             self._measure()
+            # What is still queued for a peer that is there, the kernel goes on sending.
+            self.fin_has_left = self.eof_sent and (
+                _sockets.fin_has_left(self._sock) or not self._is_lost()
+            )
         self._close()
 
     async def aclose(self) -> None:
@@ -255,6 +277,11 @@ class NativeStream(SocketIO):
         if self._copy is not None and self._copy.fileno() != -1:
             tell_waiters(self._copy)
             self._copy.close()
+
+    def _is_lost(self) -> bool:
+        if self._loss is None and (loss := _sockets.loss(self._sock)) is not None:
+            self._lost(loss)
+        return self._loss is not None
 
     def _measure(self) -> None:
         self.unacknowledged = self._unacknowledged()

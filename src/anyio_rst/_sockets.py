@@ -226,6 +226,11 @@ if sys.platform == "linux":
 
     # Our FIN has been queued: RFC 9293, 3.3.2; numbers of linux/tcp_states.h.
     _FINISHED = {4, 5, 6, 9, 11}  # FIN_WAIT1 and 2, TIME_WAIT, LAST_ACK, CLOSING
+    _BOTH_FINISHED = {6, 9, 11}  # the peer's has arrived as well
+    _CLOSED = 7  # by both FINs, or by an RST
+
+    # Not in the socket module: linux/sockios.h.
+    _SIOCOUTQNSD = 0x894B
 
     def fin_is_out(sock: socket.socket) -> bool:
         """Whether our side has finished."""
@@ -244,12 +249,36 @@ if sys.platform == "linux":
 
         SIOCOUTQ of tcp(7), which counts the FIN as one byte more.
         """
+        queued = _queue_size(sock, TIOCOUTQ)
+        return queued - 1 if fin_sent and queued else queued
+
+    def fin_has_left(sock: socket.socket) -> bool:
+        """Whether the FIN that was queued has been sent: nothing is in the queue unsent.
+
+        So it stays after a reset, which a FIN behind a closed window does not survive.
+        """
+        return not _queue_size(sock, _SIOCOUTQNSD)
+
+    def both_finished(sock: socket.socket) -> bool:
+        """Whether both FINs are out, and an RST would not be sent any more.
+
+        That is so in tcp_disconnect() of net/ipv4/tcp.c, and in RFC 9293, 3.10.5.
+        """
         try:
-            answer = ioctl(sock.fileno(), TIOCOUTQ, b"\0" * 4)
+            state = _state(sock)
+            return (state in _BOTH_FINISHED and fin_has_left(sock)) or (
+                state == _CLOSED and _pending_error(sock) is None
+            )
+        except OSError:
+            return False
+
+    def _queue_size(sock: socket.socket, request: int) -> int | None:
+        try:
+            answer = ioctl(sock.fileno(), request, b"\0" * 4)
         except (OSError, ValueError):  # ValueError: sock is closed
             return None
-        queued: int = struct.unpack("i", answer)[0]
-        return queued - 1 if fin_sent and queued else queued
+        size: int = struct.unpack("i", answer)[0]
+        return size
 
     RESETS_UNDER_A_TRANSPORT = True
 else:
@@ -265,6 +294,15 @@ else:
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged: not known here."""
         return None
+
+    def fin_has_left(sock: socket.socket) -> bool:
+        """Not known here: taken for granted."""
+        return True
+
+    def both_finished(sock: socket.socket) -> bool:
+        """Whether there is no connection any more, and nothing has broken it."""
+        error = loss(sock)
+        return error is not None and error.errno == errno.ENOTCONN
 
     RESETS_UNDER_A_TRANSPORT = False
 
