@@ -11,7 +11,7 @@ from . import _sockets
 from ._connection import Connection
 from ._ending import check_finish_on
 from ._limits import CLIENTS_DRAIN, Drain, check_drain
-from ._scope import connection_scope
+from ._scope import ConnectionScope, Entry
 from ._takeover import discard
 from ._tls import check_tls
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
     from ipaddress import IPv4Address, IPv6Address
-    from types import TracebackType
 
     from anyio.abc import SocketStream
 
@@ -92,49 +91,45 @@ def connect_tcp(
             happy_eyeballs_delay=happy_eyeballs_delay,
         )
 
-    return _Connecting(
-        connect,
-        functools.partial(connection_scope, finish_on=finish_on, drain=drain),
-        functools.partial(
-            Connection.start_tls,
-            ssl_context=ssl_context,
-            server_side=False,
-            hostname=hostname,
-            standard_compatible=tls_standard_compatible,
-        )
-        if secure
-        else None,
+    start_tls = functools.partial(
+        Connection.start_tls,
+        ssl_context=ssl_context,
+        server_side=False,
+        hostname=hostname,
+        standard_compatible=tls_standard_compatible,
     )
+    return _Connecting(connect, finish_on, drain, start_tls if secure else None)
 
 
-class _Connecting:
+class _Connecting(ConnectionScope):
     """Connects at entry, and is the scope of the connection from then on."""
 
-    __slots__ = ("_connect", "_open_scope", "_scope", "_start_tls")
+    __slots__ = ("_connect", "_drain", "_finish_on", "_start_tls")
 
     def __init__(
         self,
         connect: Callable[[], Awaitable[SocketStream]],
-        open_scope: Callable[
-            [SocketStream], AbstractAsyncContextManager[Connection, None]
-        ],
+        finish_on: tuple[type[BaseException], ...],
+        drain: Drain | None,
         start_tls: Callable[[Connection], Awaitable[None]] | None,
     ) -> None:
-        self._connect = connect
-        self._open_scope = open_scope
+        super().__init__(None)
+        self._connect: Callable[[], Awaitable[SocketStream]] | None = connect
+        self._finish_on = finish_on
+        self._drain = drain
         self._start_tls = start_tls
-        self._scope: AbstractAsyncContextManager[Connection, None] | None = None
 
     async def __aenter__(self) -> Connection:
-        if self._scope is not None:
-            raise RuntimeError("a connect_tcp() can only be entered once")
         reason = _sockets.why_not_resettable()
         if reason is not None:
             raise RuntimeError(f"connect_tcp() could not reset a connection: {reason}")
+        if self._connect is None:
+            raise RuntimeError("a connect_tcp() can only be entered once")
         stream = await self._connect()
-        self._scope = self._open_scope(stream)
+        self._connect = None
         try:
-            connection = await self._scope.__aenter__()
+            self._entry = Entry(stream, self._finish_on, self._drain)
+            connection = await super().__aenter__()
         except OSError:
             await discard(stream)
             raise
@@ -142,12 +137,3 @@ class _Connecting:
             # It resets the connection when it fails, which then has an end.
             await self._start_tls(connection)
         return connection
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> None:
-        assert self._scope is not None
-        await self._scope.__aexit__(exc_type, exc_val, exc_tb)

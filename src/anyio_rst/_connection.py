@@ -336,9 +336,13 @@ class Connection(SocketStream):
         exc_tb: TracebackType | None,
     ) -> None:
         # AsyncResource would call aclose(), which is FIN, however the block was left.
-        exc = left_by(exc_val, self._at_entry)
-        self._at_entry = None
-        await self._end(cause_of_exit(exc, self._finish_on))
+        try:
+            exc = left_by(exc_val, self._at_entry)
+            self._at_entry = None
+            await self._end(cause_of_exit(exc, self._finish_on))
+        except BaseException as exc:
+            self._end_after(exc)
+            raise
 
     async def _end(self, cause: Cause) -> None:
         """The verdict falls: *cause*, unless a send was torn."""
@@ -349,6 +353,16 @@ class Connection(SocketStream):
             await self._life.finish(cause, self._outcome, self._drain)
         else:
             self._reset(cause)
+
+    def _end_after(self, exc: BaseException) -> None:
+        """Complete an end that *exc*, a signal handler's, has interrupted anywhere.
+
+        In a nested scope that is left to the scope around it.
+        """
+        if self._outcome is None:
+            self._outcome = Error(exc)
+        if self._life.ending is None and self._lent is None:
+            self._reset(cause_of_exit(exc, ()))
 
     async def _close_wrapper(self, wrapper: ByteStream, cause: Cause) -> None:
         """Let *wrapper* send what it has kept back; it closes the connection as well."""
@@ -377,24 +391,3 @@ class ConnectionAttribute(TypedAttributeSet):
     """How a scope finds the connection inside of a wrapper around it."""
 
     connection: Connection = typed_attribute()
-
-
-async def conclude(connection: Connection, result: object) -> None:
-    """The body has returned: end the connection, if it has not ended before."""
-    connection._outcome = Value(result)
-    await connection._end(Cause.RETURNED)
-
-
-async def conclude_failed(connection: Connection, exc: BaseException) -> None:
-    """The body has raised *exc*: the same. A reset is over without a checkpoint."""
-    connection._outcome = Error(exc)
-    cause = cause_of_exit(exc, connection._finish_on)
-    nested = connection._lent is not None
-    if nested and cause is Cause.CANCELLED and is_stopped(connection._life):
-        return  # a group around the nested scope was stopped: the connection goes on
-    await connection._end(cause)
-
-
-def cut_short(connection: Connection) -> None:
-    """A cancellation of everything: reset what is open, wait no more for the rest."""
-    connection._reset(Cause.CANCELLED)

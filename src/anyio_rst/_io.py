@@ -68,6 +68,7 @@ class SocketIO(SocketStream):
         "_ahead",
         "_closed",
         "_copy",
+        "_has_tried_fin",
         "_loss",
         "_misses",
         "_origin",
@@ -109,6 +110,7 @@ class SocketIO(SocketStream):
         self._reader: Reader | None = None
         self._ahead: bytes | memoryview = ahead  # read, and not received yet
         self._closed = False
+        self._has_tried_fin = False
         self._receiving = False
         self._sending = False
         self._misses = 0  # receives in a row that found nothing after one turn
@@ -265,7 +267,12 @@ class SocketIO(SocketStream):
             while not _sockets.is_writable(self._sock):
                 await wait_writable(self._sock)
                 self.refuse_if_closed()
-            view = memoryview(await make())
+            self.mid_send = True  # what is made, and not sent, is missing in the session
+            try:
+                view = memoryview(await make())
+            except EndOfStream:
+                self.mid_send = False
+                raise
             self.refuse_if_closed()
             while view := self._write(view):
                 await wait_writable(self._sock)
@@ -299,20 +306,28 @@ class SocketIO(SocketStream):
             await checkpoint()
             if not self.eof_sent or self._closed:
                 self._refuse_to_send()
-                loss = _sockets.send_fin(self._sock)
-                if loss is not None:
-                    self._lost(loss)
-                    self._ask_origin()
+                self._send_fin()
+                if not self.eof_sent:
                     self._refuse_to_send()
-                self.eof_sent = True
         finally:
             self._sending = False
 
+    def _send_fin(self) -> None:
+        self._has_tried_fin = True
+        loss = _sockets.send_fin(self._sock)
+        if loss is None:
+            self.eof_sent = True
+        else:
+            self._lost(loss)
+            self._ask_origin()
+
     def fin_is_out(self) -> bool:
         """Whether our FIN has been sent, by whomever."""
-        if self.eof_sent or self._origin is None:
-            return self.eof_sent
-        return _sockets.fin_is_out(self._sock)
+        if self.eof_sent or _sockets.fin_is_out(self._sock):
+            return True
+        # A signal handler's exception may have come before the kernel's answer.
+        tried = self._has_tried_fin and self._loss is None
+        return tried and _sockets.both_finished(self._sock)
 
     def refuse_users(self) -> None:
         """The verdict has fallen: wake the tasks that wait here, and refuse others."""

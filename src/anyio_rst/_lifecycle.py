@@ -21,7 +21,7 @@ from weakref import WeakSet
 
 from anyio import BrokenResourceError, ClosedResourceError, Event
 
-from ._ending import Cause, CloseKind, Ending, verdict
+from ._ending import KIND_OF, Cause, CloseKind, Ending, cause_of_exit, verdict
 from ._tls import SecureStream
 
 if TYPE_CHECKING:
@@ -41,7 +41,16 @@ class Lifecycle:
     users' bytes: the same, or a TLS session over it.
     """
 
-    __slots__ = ("_over", "buffers", "cause", "ending", "leaving", "native", "stream")
+    __slots__ = (
+        "_over",
+        "buffers",
+        "cause",
+        "ending",
+        "kind",
+        "leaving",
+        "native",
+        "stream",
+    )
 
     def __init__(
         self, native: NativeStream, stream: NativeStream | SecureStream | None = None
@@ -50,6 +59,8 @@ class Lifecycle:
         self.stream: NativeStream | SecureStream = native if stream is None else stream
         self.cause: Cause | None = None
         """The verdict, once it has fallen."""
+        self.kind: CloseKind | None = None
+        """What came of it."""
         self.leaving: tuple[Cause, Drain | None] | None = None
         """What it will be, while a wrapper closes itself because its scope is left."""
         self.ending: Ending | None = None
@@ -80,14 +91,10 @@ class Lifecycle:
         await session.start(**options)
 
     def reset(self, cause: Cause, outcome: Value[object] | Error | None) -> None:
-        """The verdict is RST. Synchronous."""
+        """The verdict is RST, if none has fallen before. Synchronous."""
         if self.cause is None:
             self.cause = cause
-            kind = CloseKind.FIN if self.native.both_finished() else CloseKind.RST
-            self.native.reset()
-            self._end(kind, outcome)
-        else:
-            self.cut_short(outcome)
+        self.cut_short(outcome)
 
     async def finish(
         self, cause: Cause, outcome: Value[object] | Error | None, drain: Drain | None
@@ -101,27 +108,42 @@ class Lifecycle:
             return
         if self.leaving is not None:
             cause, drain = self.leaving
-        self.cause = cause
         try:
+            self.cause = cause
             await self.stream.send_fin()
             if drain is not None:
                 with suppress(ClosedResourceError):  # another task cut it short
                     await self.native.drain(drain)
+        except BaseException as exc:
+            if not (self.native.fin_is_out() or self.native.mid_send):
+                self.cause = cause_of_exit(exc, ())  # a signal handler's
+            raise
         finally:
             self.cut_short(outcome)
 
     def cut_short(self, outcome: Value[object] | Error | None) -> None:
-        """Finishing or not: this is the end."""
+        """Finishing or not: this is the end.
+
+        It may be interrupted anywhere by an exception of a signal handler, and is
+        completed then by another call.
+        """
         if self.ending is None:
+            assert self.cause is not None
             native = self.native
-            native.close()
-            if native.fin_has_left:
-                self._end(CloseKind.FIN, outcome)
+            if KIND_OF[self.cause] is CloseKind.FIN:
+                native.close()
+                self.kind = CloseKind.FIN if native.fin_has_left else CloseKind.RST
+                if not native.fin_has_left:
+                    # Its last words, a close_notify, were cut short; or it was gone.
+                    self.cause = verdict(self.cause, torn=native.mid_send)
             else:
-                assert self.cause is not None
-                # Its last words, a close_notify, were cut short; or it was gone before.
-                self.cause = verdict(self.cause, torn=native.mid_send)
-                self._end(CloseKind.RST, outcome)
+                if self.kind is None:
+                    both = native.both_finished()
+                    self.kind = CloseKind.FIN if both else CloseKind.RST
+                native.reset()
+            self._end(self.kind, outcome)
+        if self._over is not None:
+            self._over.set()
 
     def detach(self) -> None:
         self.cause = Cause.DETACHED
@@ -147,5 +169,3 @@ class Lifecycle:
             unacknowledged=native.unacknowledged,
             fin_sent_before_reset=kind is CloseKind.RST and native.fin_has_left,
         )
-        if self._over is not None:
-            self._over.set()

@@ -38,6 +38,7 @@ class NativeStream(SocketIO):
     """
 
     __slots__ = (
+        "_is_measured",
         "_last",
         "_undrained",
         "discarded",
@@ -59,6 +60,7 @@ class NativeStream(SocketIO):
         self.is_free: bool = False  # detached: the next scope may have it
         self.unacknowledged: int | None = None
         self.fin_has_left: bool = False  # or is left to the kernel; known at the close
+        self._is_measured = False
         self._undrained: Drain | None = None  # the limits of a drain, once it has begun
         self._last = b""  # of the session's words, what the socket has not taken
 
@@ -93,8 +95,9 @@ class NativeStream(SocketIO):
 
     def reset(self) -> None:
         """Send the RST and close. Synchronous, and good without an event loop."""
-        self._measure()
-        self.fin_has_left = self.fin_is_out() and _sockets.fin_has_left(self._sock)
+        if not self._is_measured:  # before the reset, which empties the queue
+            self.fin_has_left = self.fin_is_out() and _sockets.fin_has_left(self._sock)
+            self._measure()
         _sockets.reset(self._sock)
         self._close()
 
@@ -131,19 +134,15 @@ class NativeStream(SocketIO):
             self._lost(exc)
             return b""
         self.mid_send = False
-        loss: OSError | None
         try:
             # Before the FIN: one that waits behind an answer would be lost with the
             # process.
             _sockets.disarm(self._sock)
-            loss = None if self.eof_sent else _sockets.send_fin(self._sock)
+            if not self.eof_sent:
+                self._send_fin()
         except OSError as exc:
-            loss = exc
-        if loss is not None:
-            self._lost(loss)
+            self._lost(exc)
             self._ask_origin()
-        else:
-            self.eof_sent = True
         return b""
 
     async def drain(self, limits: Drain) -> None:
@@ -231,17 +230,21 @@ class NativeStream(SocketIO):
         return False
 
     def close(self) -> None:
-        """Close the socket as it is, armed or disarmed."""
-        if self._sock.fileno() != -1:
+        """Close the socket behind the FIN."""
+        if not self.is_free and not self._is_measured:
+            if not self.fin_is_out():
+                self.reset()  # it may be disarmed
+                return
+            self.eof_sent = True
             if self._undrained is not None and self.peer is PeerClose.NONE:
                 # Whatever cut the drain short: unread, what has arrived by now would
                 # be answered by an RST, and the answer under way be lost.
                 self._discard(self._undrained, DISCARDED_AT_LAST)
-            self._measure()
             # What is still queued for a peer that is there, the kernel goes on sending.
             self.fin_has_left = self.eof_sent and (
                 _sockets.fin_has_left(self._sock) or not self._is_lost()
             )
+            self._measure()
         self._close()
 
     async def aclose(self) -> None:
@@ -285,6 +288,7 @@ class NativeStream(SocketIO):
 
     def _measure(self) -> None:
         self.unacknowledged = self._unacknowledged()
+        self._is_measured = True
 
     def _unacknowledged(self) -> int | None:
         return _sockets.unacknowledged(self._sock, fin_sent=self.eof_sent)

@@ -11,12 +11,8 @@ from anyio import ClosedResourceError
 from anyio.abc import ByteStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from ._connection import (
-    Connection,
-    ConnectionAttribute,
-    conclude,
-    conclude_failed,
-)
+from ._conclusion import conclude, conclude_failed, run
+from ._connection import Connection, ConnectionAttribute
 from ._ending import check_finish_on, left_by
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain, check_drain
@@ -98,10 +94,10 @@ def connection_scope(
       OSError: no descriptor is left (EMFILE, ENFILE); asyncio's streams need a copy.
     """
     check_drain(drain)
-    return _ConnectionScope(_Entry(stream, check_finish_on(finish_on), drain))
+    return ConnectionScope(Entry(stream, check_finish_on(finish_on), drain))
 
 
-class _Entry:
+class Entry:
     """The way into a scope on *stream*, which is checked, and not touched before."""
 
     __slots__ = (
@@ -187,11 +183,13 @@ def _connection_in(stream: object) -> Connection | None:
     return None
 
 
-class _ConnectionScope:
+class ConnectionScope:
+    """The block of one connection: the end of the block is that of the connection."""
+
     __slots__ = ("_at_entry", "_connection", "_entry")
 
-    def __init__(self, entry: _Entry) -> None:
-        self._entry: _Entry | None = entry
+    def __init__(self, entry: Entry | None) -> None:
+        self._entry = entry
         self._at_entry: BaseException | None = None
         self._connection = cast("Connection", None)
 
@@ -209,12 +207,16 @@ class _ConnectionScope:
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        exc = left_by(exc_val, self._at_entry)
-        self._at_entry = None
-        if exc is None:
-            await conclude(self._connection, None)
-        else:
-            await conclude_failed(self._connection, exc)
+        try:
+            exc = left_by(exc_val, self._at_entry)
+            self._at_entry = None
+            if exc is None:
+                await conclude(self._connection, None)
+            else:
+                await conclude_failed(self._connection, exc)
+        except BaseException as exc:
+            self._connection._end_after(exc)
+            raise
 
 
 def scoped(
@@ -250,29 +252,13 @@ def scoped(
     @functools.wraps(handler)
     async def serve_one(stream: TCPStream) -> None:
         try:
-            connection = _Entry(stream, finish_on, drain).enter()
+            connection = Entry(stream, finish_on, drain).enter()
         except OSError:  # for want of a descriptor
             await discard(stream)
             raise
         await run(connection, handler)
 
     return serve_one
-
-
-async def run(
-    connection: Connection, handler: Callable[[Connection], Awaitable[object]]
-) -> None:
-    """Run *handler*, and end the connection as its outcome says.
-
-    Raises:
-      BaseException: what *handler* raised, after the end of the connection.
-    """
-    try:
-        result = await handler(connection)
-    except BaseException as exc:
-        await conclude_failed(connection, exc)
-        raise
-    await conclude(connection, result)
 
 
 def check_handler(handler: object, user: str) -> None:

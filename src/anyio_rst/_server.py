@@ -23,7 +23,8 @@ from anyio import (
 )
 
 from . import _sockets
-from ._connection import Connection, conclude, conclude_failed, cut_short
+from ._conclusion import conclude, conclude_failed
+from ._connection import Connection
 from ._ending import Cause, CloseKind, all_leaves
 from ._native import NativeStream
 from ._peer import ConnectionLost
@@ -153,7 +154,7 @@ class Server:
 
     def _cut_short(self) -> None:
         for connection in self.connections:
-            cut_short(connection)
+            connection._reset(Cause.CANCELLED)
 
     async def _accept(
         self, listener: socket.socket, tasks: TaskGroup | trio.Nursery
@@ -222,6 +223,7 @@ class Server:
                 raise
             await conclude(connection, result)
         except BaseException as exc:
+            connection._end_after(exc)
             remaining = self._settle(connection, exc)
             if remaining is exc:
                 raise

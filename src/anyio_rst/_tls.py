@@ -192,9 +192,10 @@ class SecureStream:
                 while self.busy:
                     await checkpoint()  # tasks that were woken are on their way out
                 self._transport.holds = self._transport.is_over = True
-                await engine.end()
-                await native.send_fin(await self._transport.take())
-                return
+                if not native.mid_send:
+                    await engine.end()
+                    await native.send_fin(await self._transport.take())
+                    return
         native.mid_send = True  # the session's last words are missing
         native.reset()
 

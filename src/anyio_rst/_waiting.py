@@ -98,8 +98,8 @@ class RegisteredReader:
         self._has_read: Callable[[], bool] | None = None
 
     def register(self) -> None:
+        self._registered = True  # first, lest an exception of a signal handler's leave it
         self._loop.add_reader(self._descriptor, self._on_input)
-        self._registered = True
 
     async def wait(self, has_read: Callable[[], bool]) -> None:
         if not self._registered:
@@ -132,9 +132,9 @@ class RegisteredReader:
 
     def pause(self) -> None:
         if self._registered:
-            self._registered = False
             with suppress(RuntimeError):  # the loop is closed, and holds nothing
                 self._loop.remove_reader(self._descriptor)
+            self._registered = False
 
     def forget(self, sock: socket.socket) -> None:
         if not self._registered:

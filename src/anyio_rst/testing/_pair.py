@@ -11,7 +11,8 @@ from anyio import create_task_group
 from anyio.lowlevel import checkpoint
 
 from anyio_rst import _sockets
-from anyio_rst._connection import Connection, conclude, conclude_failed
+from anyio_rst._conclusion import conclude, conclude_failed
+from anyio_rst._connection import Connection
 from anyio_rst._ending import Cause, CloseKind, cause_of_exit, check_finish_on
 from anyio_rst._limits import DEFAULT_DRAIN, Drain, check_drain
 from anyio_rst._native import NativeStream
