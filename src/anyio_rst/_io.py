@@ -80,7 +80,9 @@ class SocketIO(SocketStream):
         "eof_sent",
         "mid_send",
         "peer",
+        "received",
         "remote_address",
+        "sent",
     )
 
     remote_address: tuple[str, int] | None
@@ -115,6 +117,8 @@ class SocketIO(SocketStream):
         self._sending = False
         self._misses = 0  # receives in a row that found nothing after one turn
         self._waits = 0  # receives to come that wait at once
+        self.received: int = 0  # bytes
+        self.sent: int = 0
         self._loss: BaseException | None = None
         if loss is not None:
             self._lost(loss)
@@ -180,6 +184,7 @@ class SocketIO(SocketStream):
             self._receiving = False
         if not data:
             self._raise_end()
+        self.received += len(data)
         return data
 
     def _learn(self, *, hit: bool) -> None:
@@ -288,13 +293,15 @@ class SocketIO(SocketStream):
         torn = self.mid_send
         self.mid_send = True  # until the kernel's answer is known, whatever strikes here
         try:
-            rest = view[self._sock.send(view, _sockets.DONTWAIT) :]
+            taken = self._sock.send(view, _sockets.DONTWAIT)
         except BlockingIOError:
             self.mid_send = torn
             return view
         except OSError as exc:
             self.mid_send = torn
             raise self._fail(exc) from exc
+        self.sent += taken
+        rest = view[taken:]
         self.mid_send = bool(rest)
         return rest
 
@@ -402,7 +409,7 @@ class SocketIO(SocketStream):
     def _lost(self, exc: BaseException) -> BrokenResourceError:
         """Remember the first loss, and make the exception that tells of it."""
         if self._loss is None:
-            self._loss = exc
+            self._loss = exc.with_traceback(None)  # whose frames refer to this stream
             if isinstance(exc, OSError) and exc.errno in _sockets.RESET_ERRNOS:
                 self.peer = PeerClose.RST
         if self.peer is PeerClose.RST:

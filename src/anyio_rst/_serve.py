@@ -10,11 +10,12 @@ from anyio import TASK_STATUS_IGNORED, create_task_group, fail_after
 
 from . import _sockets
 from ._ending import check_finish_on
+from ._failures import HandshakeFailed
 from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_number, check_seconds
 from ._listening import DEFAULT_BACKLOG, check_reuse_port, check_sockets, listen
 from ._peer import ConnectionLost, PeerReset
 from ._scope import check_handler
-from ._server import HandshakeFailed, Server
+from ._server import Server
 from ._takeover import is_trio
 from ._tls import check_tls
 

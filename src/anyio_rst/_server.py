@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import os
 import sys
@@ -26,8 +25,8 @@ from . import _sockets
 from ._conclusion import conclude, conclude_failed
 from ._connection import Connection
 from ._ending import Cause, CloseKind, all_leaves
+from ._failures import FailureLog, HandshakeFailed, drop_frames, logger
 from ._native import NativeStream
-from ._peer import ConnectionLost
 from ._statistics import ServerStatistics, Totals
 
 if TYPE_CHECKING:
@@ -44,18 +43,12 @@ if sys.version_info < (3, 11):
 
 __all__ = ["Server"]
 
-logger = logging.getLogger("anyio_rst")
-
 # How long to leave the backlog alone when there is no descriptor or memory for another
 # connection. Trio's number.
 CAPACITY_RETRY = 0.1
 
 # Connections accepted before the tasks that are there already get a turn.
 ACCEPTS_PER_TURN = 64
-
-
-class HandshakeFailed(Exception):
-    """The outcome of a connection whose handler was never called."""
 
 
 class Server:
@@ -87,6 +80,7 @@ class Server:
         )
         self._propagate_errors = propagate_errors
         self._on_ending = on_ending
+        self._failures = FailureLog(finish_on)
         self._open: set[Connection] = set()
         self._accepted = 0
         self._endings: Counter[tuple[CloseKind, Cause]] = Counter()
@@ -142,6 +136,7 @@ class Server:
             self._stop_listening()
         while self._open:
             await self._wait_for_an_end()
+        self._failures.close()
 
     async def _wait_for_an_end(self) -> None:
         if self._next_end is None:
@@ -214,6 +209,7 @@ class Server:
             raise
 
     async def _handle(self, connection: Connection) -> None:
+        spent = None
         try:
             # As in run(), which would be one more coroutine for each connection.
             try:
@@ -225,6 +221,8 @@ class Server:
         except BaseException as exc:
             connection._end_after(exc)
             remaining = self._settle(connection, exc)
+            if remaining is None or all_leaves(remaining, get_cancelled_exc_class()):
+                spent = exc
             if remaining is exc:
                 raise
             if remaining is not None:
@@ -232,6 +230,10 @@ class Server:
         finally:
             self._ended(connection)
             self._report(connection)
+            if spent is not None:
+                drop_frames(spent)
+                # The frame of this function may be in a traceback still.
+                del connection, spent
 
     def _ended(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -257,15 +259,7 @@ class Server:
             self._propagate_errors and not isinstance(failure, HandshakeFailed)
         ):
             return exc
-        ending = connection.ending
-        if ending is not None and ending.cause is Cause.FINISH_ON:
-            logger.debug("a handler ended with %r: %r", failure, connection)
-        elif isinstance(failure, HandshakeFailed):
-            logger.info("%s: %r", failure, connection)
-        elif all_leaves(failure, ConnectionLost):
-            logger.info("the peer went away: %r: %s", connection, failure)
-        else:
-            logger.error("a handler failed: %r", connection, exc_info=failure)
+        self._failures.report(connection, failure)
         return cancelled
 
     def _report(self, connection: Connection) -> None:

@@ -36,6 +36,8 @@ class SecureStream:
         "_receiving",
         "_sending",
         "_transport",
+        "received",
+        "sent",
     )
 
     def __init__(self, native: NativeStream, engine: Engine | None = None) -> None:
@@ -44,6 +46,9 @@ class SecureStream:
         self._engine = engine
         # Until there is a session, every other use is refused.
         self._receiving = self._sending = engine is None
+        # Bytes of the users, those before the session included.
+        self.received: int = native.received
+        self.sent: int = native.sent
         self._broken: tuple[str, BaseException] | None = None
         if engine is not None:
             engine.set_transport(self._transport)
@@ -76,6 +81,8 @@ class SecureStream:
             if transport.tls is not None:
                 await self._send_alert(AnyIOEngine(transport.tls))
             raise
+        finally:
+            transport.tls = None  # else they refer to each other
         self._engine = AnyIOEngine(tls)
         self._receiving = self._sending = False
 
@@ -99,6 +106,7 @@ class SecureStream:
                 told = await self._translated(exc, engine)
                 raise told from told.__cause__ or exc.__cause__
             self._native.refuse_if_closed()
+            self.received += len(data)
             return data
         except ClosedResourceError:
             await checkpoint_if_cancelled()  # which may be why it was closed
@@ -121,6 +129,7 @@ class SecureStream:
                     await self._transport.flush()
                     await self._native.send_made(partial(self._encrypt, engine, view))
                     await self._transport.flush()
+                    self.sent += len(view)
             except EndOfStream:
                 message = "the peer's FIN has ended the TLS session, in both directions"
                 raise ConnectionLost(message) from None
