@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, IncompleteRead
@@ -56,7 +56,7 @@ class FailureLog:
             logger.error("a handler failed: %r", connection, exc_info=failure)
 
     def _inform(self, kind: str, message: str, *args: object) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if now < self._quiet_until.get(kind, now):
             self._left_out[kind] = self._left_out.get(kind, 0) + 1
             logger.debug(message, *args)

@@ -66,6 +66,10 @@ def connection_scope(
 
     A cancellation during the drain only ends the drain.
 
+    :attr:`Ending.outcome` refers to the exception, the exception by its traceback to the
+    frames it went through, and these to the connection: while they do, memory is only
+    freed by the garbage collector. `exc.with_traceback(None)` lets go of it before.
+
     Args:
       stream: AnyIO's own :class:`~anyio.abc.SocketStream`, on TCP, a `TLSStream` or
         buffered streams over one; or a :class:`trio.SocketStream`, or a

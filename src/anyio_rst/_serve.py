@@ -110,7 +110,13 @@ async def serve_tcp(
       An exception of a handler costs its own connection an RST, and is logged on the
       `anyio_rst` logger at ERROR with its traceback; if it tells that a connection was
       lost (:exc:`PeerReset`, or an :exc:`anyio.BrokenResourceError` of another loss), at
-      INFO without. An exception of *on_ending* is logged in the same way.
+      INFO without, once a second at the most. What was ordered, and a peer that leaves
+      without a word, is DEBUG. An exception of *on_ending* is logged at ERROR.
+
+      When *on_ending* has returned, the tracebacks of an exception that is not let out
+      are cut off: they refer to the handler's variables, and those to the connection,
+      which would then have to wait for the garbage collector.
+
       :exc:`KeyboardInterrupt`, :exc:`SystemExit` and other exceptions that are no
       :exc:`Exception` get out. When there are no descriptors or is no memory to accept
       a connection with, that is logged at ERROR, and tried again after 100 ms.

@@ -127,16 +127,18 @@ class Server:
     ) -> None:
         """Accept until stopped, then wait for the handlers."""
         try:
-            with self._accepting:
-                async with create_task_group() as listeners:
-                    for sock in self._sockets:
-                        listeners.start_soon(self._accept, sock, tasks)
-                    task_status.started(self)
+            try:
+                with self._accepting:
+                    async with create_task_group() as listeners:
+                        for sock in self._sockets:
+                            listeners.start_soon(self._accept, sock, tasks)
+                        task_status.started(self)
+            finally:
+                self._stop_listening()
+            while self._open:
+                await self._wait_for_an_end()
         finally:
-            self._stop_listening()
-        while self._open:
-            await self._wait_for_an_end()
-        self._failures.close()
+            self._failures.close()
 
     async def _wait_for_an_end(self) -> None:
         if self._next_end is None:

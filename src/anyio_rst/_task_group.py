@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,7 +50,6 @@ class ConnectionTaskGroup(TaskGroup):
         self._reset = reset
         self._finish_on = finish_on
         self._group = anyio.create_task_group()
-        self._stack = AsyncExitStack()
         self._children = 0
         self._childless: anyio.Event | None = None
         self._around: ConnectionTaskGroup | _Child | None = None
@@ -59,8 +57,8 @@ class ConnectionTaskGroup(TaskGroup):
     async def __aenter__(self) -> Self:
         self._around = _around.get()
         _around.set(self)
-        self._stack.enter_context(self.cancel_scope)
-        await self._stack.enter_async_context(self._group)
+        self.cancel_scope.__enter__()
+        await self._group.__aenter__()
         return self
 
     async def __aexit__(
@@ -69,22 +67,29 @@ class ConnectionTaskGroup(TaskGroup):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> bool:
+        # Without an AsyncExitStack, which makes a cycle of an exception and its frames.
+        left = exc_val
         try:
-            async with self._stack:
+            if left is None:
                 try:
-                    if exc_val is not None:
-                        raise exc_val
                     await self._wait_for_children()
                 except BaseException as exc:
-                    self._left_by(exc, self)
-                    raise
-        except BaseException as exc:
-            if exc is exc_val:
-                return False
-            raise
+                    left = exc
+            if left is not None:
+                self._left_by(left, self)
+            try:
+                if await self._group.__aexit__(*_raised(left)):
+                    left = None
+            except BaseException as exc:
+                left = exc
+            if self.cancel_scope.__exit__(*_raised(left)):
+                left = None
+            if left is None or left is exc_val:
+                return left is None
+            raise left
         finally:
             _around.set(self._around)
-        return True
+            del exc_val, exc_tb, left
 
     async def _wait_for_children(self) -> None:
         while self._children:
@@ -200,6 +205,13 @@ def is_stopped(life: object) -> bool:
     """Whether the running task is in a group of that connection that was stopped."""
     around = _around.get()
     return around is not None and around.was_stopped(life)
+
+
+def _raised(
+    exc: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    """*exc* as `sys.exc_info()` shows it."""
+    return (None, None, None) if exc is None else (type(exc), exc, exc.__traceback__)
 
 
 def _name_of(func: Callable[..., Any]) -> str:
