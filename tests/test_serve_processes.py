@@ -144,6 +144,31 @@ def test_processes_share_the_listening_socket_of_their_parent(loop: str) -> None
         finish(last)
 
 
+def serve_plainly(listener: socket.socket) -> Seen:
+    """What a client gets of a server that knows nothing of all this, and is content."""
+    with call(listener.getsockname()[1]) as client:
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.sendall(b"answer")
+        return read_to_end(client)
+
+
+@loops
+def test_inherited_listening_socket_stays_what_it_was_to_others(loop: str) -> None:
+    """Its options are those of every process that has it, also when ours has gone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LONG)  # to accept(), O_NONBLOCK makes no difference then
+        descriptor = listener.fileno()
+        with server(loop, "inherited", descriptor, pass_fds=[descriptor]) as child:
+            with call(*ports(child)) as first:
+                assert line(first) == str(child.pid)  # and it takes no second
+                assert serve_plainly(listener) == Seen(b"answer", PeerClose.FIN)
+                child.kill()
+                assert read_to_end(first) == Seen(b"", PeerClose.RST)
+            child.wait()
+        assert serve_plainly(listener) == Seen(b"answer", PeerClose.FIN)
+
+
 @loops
 def test_processes_share_a_port(loop: str) -> None:
     with server(loop, "reuse_port", 0) as one:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from anyio import TASK_STATUS_IGNORED, create_task_group, fail_after
 
-from . import _sockets
 from ._ending import check_finish_on
 from ._failures import HandshakeFailed
 from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_number, check_seconds
@@ -85,8 +84,8 @@ async def serve_tcp(
       sockets: listening TCP sockets to serve on, instead of *host*, *port*, *backlog*
         and *reuse_port*: those of systemd's socket activation, or of a parent process.
         They belong to `serve_tcp` from the moment it has accepted its arguments, and it
-        closes them. They become non-blocking, and pass SO_LINGER {1, 0} and TCP_NODELAY
-        on to what they accept, for all processes that share them.
+        closes them. They become non-blocking, for all processes that share them, and stay
+        so; nothing else of them is changed.
       max_connections: how many may be open at once, drains included; None for no limit.
         At the limit nothing is accepted, and the backlog holds the rest, in order.
       finish_on: exceptions that are a clean end: the peer gets FIN, and nothing is
@@ -163,13 +162,12 @@ async def serve_tcp(
                 "do not go with them"
             )
         listening = check_sockets(sockets, port)
-    for sock in listening:
-        _sockets.prepare_listener(sock)
     server = Server(
         listening,
         handler
         if ssl_context is None
         else _secured(handler, ssl_context, tls_standard_compatible, timeout),
+        are_own=sockets is None,
         finish_on=finish_on,
         drain=drain,
         max_connections=max_connections,

@@ -59,6 +59,7 @@ class Server:
         sockets: list[socket.socket],
         handler: Callable[[Connection], Awaitable[object]],
         *,
+        are_own: bool,
         finish_on: tuple[type[BaseException], ...],
         drain: Drain | None,
         max_connections: int | None,
@@ -85,8 +86,11 @@ class Server:
         self._accepted = 0
         self._endings: Counter[tuple[CloseKind, Cause]] = Counter()
         self._accepting = CancelScope()
-        # Listening sockets whose backlog has been empty: what they accept now inherits.
-        # Who connected before they were prepared has to be armed by itself.
+        # Listening sockets that arm what they accept. Who connected before they did so
+        # is armed by itself, until the backlog has been empty.
+        self._arming = {
+            sock for sock in sockets if _sockets.prepare_listener(sock, is_own=are_own)
+        }
         self._emptied: set[socket.socket] = set()
         # Where room or descriptors are short, the listening sockets take turns, and one
         # of them at a time says so in the log.
@@ -172,7 +176,7 @@ class Server:
             try:
                 sock, address = listener.accept()
             except BlockingIOError:
-                if _sockets.ACCEPTED_SOCKETS_INHERIT:
+                if listener in self._arming:
                     self._emptied.add(listener)
                 return
             except OSError as exc:

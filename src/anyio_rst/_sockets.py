@@ -108,11 +108,20 @@ def remote_address(sock: Any) -> tuple[str, int] | None:
         return None
 
 
-def prepare_listener(sock: socket.socket) -> None:
-    """Make *sock* pass on what every accepted connection needs: armed, no delay."""
-    if ACCEPTED_SOCKETS_INHERIT:
-        prepare_accepted(sock)
+def prepare_listener(sock: socket.socket, *, is_own: bool) -> bool:
+    """Let accept() not block, and pass on what a connection needs if *sock* is our own.
+
+    Options and O_NONBLOCK are those of all processes that have the socket (fcntl(2)). To
+    one that armed nothing, an armed listening socket would make a reset of every close.
+
+    Returns:
+      Whether what it accepts is armed, from the next connection to it on.
+    """
     sock.setblocking(False)
+    if is_own and ACCEPTED_SOCKETS_INHERIT:
+        prepare_accepted(sock)
+        return True
+    return False
 
 
 def prepare_accepted(sock: socket.socket) -> None:
