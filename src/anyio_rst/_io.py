@@ -25,6 +25,7 @@ from anyio.lowlevel import (
 )
 
 from . import _sockets
+from ._forking import copy_of
 from ._peer import ConnectionLost, PeerClose, PeerReset
 from ._waiting import reader_for, tell_waiters
 
@@ -138,8 +139,7 @@ class SocketIO(SocketStream):
         if self._sock.fileno() == -1:
             return self._sock
         if self._copy is None:
-            self._copy = _sockets.duplicate(self._sock)
-            self._copy.setblocking(False)
+            self._copy = copy_of(self._sock)
         return self._copy
 
     @property

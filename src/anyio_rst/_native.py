@@ -10,13 +10,14 @@ from anyio import create_task_group, move_on_after, wait_writable
 from anyio.lowlevel import checkpoint
 
 from . import _sockets
+from ._forking import disown, own
 from ._io import RECEIVE_SIZE, SocketIO
 from ._peer import PeerClose
 from ._waiting import tell_waiters
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from anyio.abc import SocketStream
 
@@ -56,6 +57,7 @@ class NativeStream(SocketIO):
         **taken_over: Any,
     ) -> None:
         super().__init__(sock, remote_address, **taken_over)
+        own(sock)
         self.discarded: int = 0
         self.is_free: bool = False  # detached: the next scope may have it
         self.unacknowledged: int | None = None
@@ -262,12 +264,26 @@ class NativeStream(SocketIO):
             if origin is not None:
                 origin.close()
             self.is_free = True
+            for sock in self._own_sockets():
+                disown(sock)
             return self
         self.refuse_users()
         self._close_copy()
+        disown(self._sock)
         if not origin.shares_socket:
             self._sock.close()
         return origin.give_back()
+
+    def take_again(self) -> None:
+        """Take :meth:`release` back, which has returned this stream itself."""
+        self.is_free = False
+        for sock in self._own_sockets():
+            own(sock)
+
+    def _own_sockets(self) -> Iterator[socket.socket]:
+        yield self._sock
+        if self._copy is not None:
+            yield self._copy
 
     def _close(self) -> None:
         self.refuse_users()

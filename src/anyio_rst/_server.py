@@ -21,7 +21,7 @@ from anyio import (
     wait_readable,
 )
 
-from . import _sockets
+from . import _forking, _sockets
 from ._conclusion import conclude, conclude_failed
 from ._connection import Connection
 from ._ending import Cause, CloseKind, all_leaves
@@ -174,7 +174,9 @@ class Server:
         listener.setblocking(False)  # another process that has it may have undone that
         for _ in range(most):
             try:
-                sock, address = listener.accept()
+                with _forking.lock:
+                    sock, address = listener.accept()
+                    _forking.own(sock)
             except BlockingIOError:
                 if listener in self._arming:
                     self._emptied.add(listener)

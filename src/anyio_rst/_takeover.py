@@ -22,7 +22,7 @@ from anyio import (
 from anyio.abc import ByteStream, SocketAttribute, SocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream, BufferedByteStream
 
-from . import _sockets
+from . import _forking, _sockets
 from ._io import RECEIVE_SIZE
 from ._native import NativeStream
 
@@ -95,11 +95,18 @@ class Source:
           anyio.BusyResourceError: a task is receiving or sending.
           OSError: there is no descriptor left for a copy.
         """
+        with _forking.lock:
+            native = self._take()
+        native.arm()
+        native.eof_sent = native.fin_is_out()
+        return native
+
+    def _take(self) -> NativeStream:
         stream: Any = self.stream
         _refuse_if_taken(stream)
         if isinstance(stream, NativeStream):
             native = stream
-            native.is_free = False
+            native.take_again()
         elif isinstance(stream, trio_class("SocketStream")):
             native = _from_trio(cast("trio.SocketStream", stream), self._address)
         elif type(stream).__module__ == _ON_TRIO:
@@ -108,8 +115,6 @@ class Source:
             native = NativeStream(self._owned, self._address, origin=origin)
         else:
             native = _from_asyncio(stream, self._owned, self._address)
-        native.arm()
-        native.eof_sent = native.fin_is_out()
         return native
 
 
@@ -192,12 +197,24 @@ class _Origin:
     """A stream of AnyIO's or Trio's that rests."""
 
     def __init__(
-        self, stream: Any, *, shares_socket: bool = True, knows_more: bool = False
+        self,
+        stream: Any,
+        *,
+        transport_socket: _sockets.SocketLike | None = None,
+        knows_more: bool = False,
     ) -> None:
-        self.shares_socket = shares_socket
+        self.shares_socket = transport_socket is None
         self._stream = stream
+        self._transport_socket = transport_socket
         self._knows_more = knows_more
         _taken.add(stream)
+        if transport_socket is not None:
+            _forking.own(self)
+
+    def fileno(self) -> int:
+        """The transport's descriptor; -1 once it has closed that."""
+        sock = self._transport_socket
+        return -1 if sock is None else sock.fileno()
 
     def loss(self) -> BaseException | None:
         # A transport says what it was told in the turn after that.
@@ -211,6 +228,7 @@ class _Origin:
 
     def give_back(self) -> Any:
         _taken.discard(self._stream)
+        _forking.disown(self)
         return self._stream
 
 
@@ -251,7 +269,9 @@ def _from_asyncio(
             sock,
             address,
             origin=_Origin(
-                stream, shares_socket=False, knows_more=ahead.has_ended or sending.torn
+                stream,
+                transport_socket=transport_socket,
+                knows_more=ahead.has_ended or sending.torn,
             ),
             ahead=ahead.data,
             torn=sending.torn,
