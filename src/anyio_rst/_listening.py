@@ -52,7 +52,7 @@ def check_sockets(sockets: object, port: int) -> list[socket.socket]:
             raise TypeError(f"{name} must be a socket.socket, not {sock!r}")
         if isinstance(sock, ssl.SSLSocket):
             raise TypeError(f"{name} is an SSLSocket; serve_tcp takes plain ones")
-        _sockets.refuse_unless_listening(sock, name)
+        _refuse_unless_listening(sock, name)
         if sock.fileno() in checked:
             raise ValueError(f"{name} is the same as {checked[sock.fileno()]}")
         checked[sock.fileno()] = name
@@ -60,6 +60,38 @@ def check_sockets(sockets: object, port: int) -> list[socket.socket]:
         if port not in (0, bound):
             raise ValueError(f"port is {port}, but {name} listens on {bound}")
     return list(sockets)
+
+
+def _refuse_unless_listening(sock: socket.socket, name: str) -> None:
+    """Check that *sock*, called *name* in messages, is a listening TCP socket.
+
+    Raises:
+      TypeError: it is a socket of another kind; the message says which.
+      ValueError: it is closed, or not listening.
+    """
+    if sock.fileno() == -1:
+        raise ValueError(f"{name} is closed")
+    try:
+        # Ask the kernel: what *sock* believes came with whoever made it of a descriptor.
+        actual = socket.socket(fileno=sock.fileno())
+    except OSError as exc:
+        raise ValueError(f"{name} is no open socket: {exc}") from exc
+    try:
+        if (
+            actual.family not in (socket.AF_INET, socket.AF_INET6)
+            or actual.type != socket.SOCK_STREAM
+            or actual.proto not in (0, socket.IPPROTO_TCP)
+        ):
+            family = getattr(actual.family, "name", actual.family)
+            kind = getattr(actual.type, "name", actual.type)
+            raise TypeError(
+                f"{name} is not a TCP socket: it is {family}, {kind}, "
+                f"protocol {actual.proto}"
+            )
+        if not actual.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ValueError(f"{name} is not listening")
+    finally:
+        actual.detach()
 
 
 def check_reuse_port(reuse_port: object) -> None:

@@ -78,8 +78,7 @@ class Source:
             owned, self._address = _look_under(stream)
         self._owned = owned
         if owned is not None:
-            connected = self._address is not None
-            _sockets.refuse_unless_tcp(owned, stream, connected=connected)
+            _refuse_unless_tcp(owned, stream)
         if owned is None or owned.fileno() == -1:
             _refuse_unless_lost(stream)
         _refuse_if_taken(stream)
@@ -163,6 +162,27 @@ def _look_under(stream: object) -> tuple[Any, Address | None]:
         )
     address = attributes.get(SocketAttribute.remote_address, lambda: None)()
     return attributes[SocketAttribute.raw_socket](), address
+
+
+def _refuse_unless_tcp(owned: _sockets.SocketLike, stream: object) -> None:
+    """Check that *owned*, found under *stream*, is the socket of a TCP connection.
+
+    Raises:
+      TypeError: it is a socket of another kind; the message says which.
+    """
+    name = type(stream).__qualname__
+    family = owned.family
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        family = getattr(family, "name", family)
+        raise TypeError(
+            f"{name} is not a TCP connection: its socket is {family}, and only TCP "
+            "(AF_INET or AF_INET6) has an RST"
+        )
+    if owned.type != socket.SOCK_STREAM:
+        kind = getattr(owned.type, "name", owned.type)
+        raise TypeError(f"{name} is not a TCP connection: its socket is {kind}")
+    if owned.fileno() != -1 and owned.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise TypeError(f"{name} is not a TCP connection: its socket is listening")
 
 
 def _refuse_unless_lost(stream: object) -> None:
