@@ -15,7 +15,6 @@ from anyio import (
     BusyResourceError,
     ClosedResourceError,
     EndOfStream,
-    wait_writable,
 )
 from anyio.abc import SocketAttribute, SocketStream
 from anyio.lowlevel import (
@@ -27,7 +26,7 @@ from anyio.lowlevel import (
 from . import _sockets
 from ._forking import copy_of
 from ._peer import ConnectionLost, PeerClose, PeerReset
-from ._waiting import reader_for, tell_waiters
+from ._waiting import reader_for, tell_waiters, wait_for_room
 
 if TYPE_CHECKING:
     import socket
@@ -248,7 +247,7 @@ class SocketIO(SocketStream):
                 await checkpoint()
             self.refuse_if_closed()
             while view := self._write(view):
-                await wait_writable(self._sock)
+                await wait_for_room(self._sock)
                 self.refuse_if_closed()
             if at_once:
                 await cancel_shielded_checkpoint()
@@ -270,7 +269,7 @@ class SocketIO(SocketStream):
             await checkpoint()
             self._refuse_to_send()
             while not _sockets.is_writable(self._sock):
-                await wait_writable(self._sock)
+                await wait_for_room(self._sock)
                 self.refuse_if_closed()
             self.mid_send = True  # what is made, and not sent, is missing in the session
             try:
@@ -280,7 +279,7 @@ class SocketIO(SocketStream):
                 raise
             self.refuse_if_closed()
             while view := self._write(view):
-                await wait_writable(self._sock)
+                await wait_for_room(self._sock)
                 self.refuse_if_closed()
         except ClosedResourceError:
             await checkpoint_if_cancelled()  # which may be why it was closed
@@ -367,18 +366,24 @@ class SocketIO(SocketStream):
         self._input_ended()
         if self._loss is not None:
             raise self._lost(self._loss) from self._loss
+        if self.peer is PeerClose.NONE:
+            raise ClosedResourceError("receiving was shut down by somebody else")
         raise EndOfStream
 
     def _input_ended(self) -> None:
         """By the peer's FIN, or a loss: the kernel tells of that only once."""
         self._ask_origin()
-        if self._loss is None:
-            self.peer = PeerClose.FIN
+        if self._loss is None and self.peer is PeerClose.NONE:
+            why = _sockets.false_end(self._sock)
+            if why is None:
+                self.peer = PeerClose.FIN
+            elif _sockets.is_unknown(why):
+                self._lost(why)
 
     def _ask_origin(self) -> None:
         """The kernel may have told a loss to the stream that was taken over."""
         loss = self._loss
-        if self._origin is None or (loss is not None and not _is_unknown(loss)):
+        if self._origin is None or (loss is not None and not _sockets.is_unknown(loss)):
             return
         if (loss := self._origin.loss()) is not None:
             self._loss = None
@@ -410,13 +415,8 @@ class SocketIO(SocketStream):
         """Remember the first loss, and make the exception that tells of it."""
         if self._loss is None:
             self._loss = exc.with_traceback(None)  # whose frames refer to this stream
-            if isinstance(exc, OSError) and exc.errno in _sockets.RESET_ERRNOS:
+            if _sockets.is_peers_reset(self._sock, exc):
                 self.peer = PeerClose.RST
         if self.peer is PeerClose.RST:
             return PeerReset(f"the peer reset the connection ({self._loss})")
         return ConnectionLost(f"the connection was lost ({self._loss})")
-
-
-def _is_unknown(loss: BaseException) -> bool:
-    """Whether it only says that there is no connection, and not why."""
-    return isinstance(loss, OSError) and loss.errno == errno.ENOTCONN

@@ -6,14 +6,14 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anyio import create_task_group, move_on_after, wait_writable
+from anyio import create_task_group, move_on_after
 from anyio.lowlevel import checkpoint
 
 from . import _sockets
 from ._forking import disown, own
 from ._io import RECEIVE_SIZE, SocketIO
 from ._peer import PeerClose
-from ._waiting import tell_waiters
+from ._waiting import tell_waiters, wait_for_room
 
 if TYPE_CHECKING:
     import socket
@@ -207,7 +207,7 @@ class NativeStream(SocketIO):
                 reader = self._reader or self._new_reader()
                 tg.start_soon(reader.wait, partial(self._discard, limits))
                 while self._last:
-                    await wait_writable(self._sock)
+                    await wait_for_room(self._sock)
                     self._last = self._finish(self._last)
                 tg.cancel_scope.cancel()
         finally:
@@ -232,7 +232,7 @@ class NativeStream(SocketIO):
         return False
 
     def close(self) -> None:
-        """Close the socket behind the FIN."""
+        """Close the socket behind the FIN, or with an RST; as it is, once released."""
         if not self.is_free and not self._is_measured:
             if not self.fin_is_out():
                 self.reset()  # it may be disarmed
@@ -247,6 +247,9 @@ class NativeStream(SocketIO):
                 _sockets.fin_has_left(self._sock) or not self._is_lost()
             )
             self._measure()
+            with suppress(OSError):
+                # Others may have changed it: with a time, closing would block.
+                _sockets.disarm(self._sock)
         self._close()
 
     async def aclose(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import select
 import socket
@@ -57,6 +58,10 @@ MSG_MORE: int = getattr(socket, "MSG_MORE", 0)
 # One call that does not block, whatever has become of the socket's O_NONBLOCK: recv(2).
 # A child process that shares the socket may clear that. Not on Windows.
 DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
+
+# What SO_TIMESTAMPING and the like report: recv(2). Until it is read, epoll reports an
+# error, over and over. Linux alone has it.
+ERRQUEUE: int = getattr(socket, "MSG_ERRQUEUE", 0)
 
 # Look at what has arrived, and leave it there: recv(2).
 PEEK = socket.MSG_PEEK
@@ -198,6 +203,17 @@ def loss(sock: socket.socket) -> OSError | None:
     return error
 
 
+def is_unknown(loss: BaseException) -> bool:
+    """Whether *loss* only says that there is no connection, and not why."""
+    return isinstance(loss, OSError) and loss.errno == errno.ENOTCONN
+
+
+def is_peers_reset(sock: socket.socket, loss: BaseException) -> bool:
+    """Whether *loss* is a reset by the peer, and not by another owner of *sock*."""
+    is_reset = isinstance(loss, OSError) and loss.errno in RESET_ERRNOS
+    return is_reset and not _is_dissolved(sock)
+
+
 def _pending_error(sock: socket.socket) -> OSError | None:
     """The error that no call has been told yet: SO_ERROR of socket(7)."""
     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -231,15 +247,17 @@ if sys.platform == "linux":
         return not failed
 
     from fcntl import ioctl
-    from termios import TIOCOUTQ
+    from termios import FIONREAD, TIOCOUTQ
 
     # Our FIN has been queued: RFC 9293, 3.3.2; numbers of linux/tcp_states.h.
     _FINISHED = {4, 5, 6, 9, 11}  # FIN_WAIT1 and 2, TIME_WAIT, LAST_ACK, CLOSING
     _BOTH_FINISHED = {6, 9, 11}  # the peer's has arrived as well
+    _PEER_FINISHED = _BOTH_FINISHED | {8}  # CLOSE_WAIT
     _CLOSED = 7  # by both FINs, or by an RST
 
-    # Not in the socket module: linux/sockios.h.
+    # Not in Python's modules: linux/sockios.h, linux/tcp.h.
     _SIOCOUTQNSD = 0x894B
+    _TCP_INQ = 36
 
     def fin_is_out(sock: socket.socket) -> bool:
         """Whether our side has finished."""
@@ -252,6 +270,56 @@ if sys.platform == "linux":
         """tcpi_state of tcp(7), a number of linux/tcp_states.h."""
         state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         return state
+
+    def false_end(sock: socket.socket) -> OSError | None:
+        """Why the input of *sock* ended without a FIN; None if with one, or not known.
+
+        To recv(2) an end is an end: that which the peer's FIN makes, that of a lost
+        connection whose SO_ERROR somebody else has read (ENOTCONN), and what somebody
+        else has made by shutdown(SHUT_RD) (ESHUTDOWN).
+        """
+        try:
+            state = _state(sock)
+            if state in _PEER_FINISHED or _may_have_fin(sock):
+                return None
+        except OSError:
+            return None
+        code = errno.ENOTCONN if state == _CLOSED else errno.ESHUTDOWN
+        return OSError(code, os.strerror(code))
+
+    def _may_have_fin(sock: socket.socket) -> bool:
+        return _has_fin(sock) or not _tells_of_fin()
+
+    def _has_fin(sock: socket.socket) -> bool:
+        """Whether a FIN has been received on *sock*.
+
+        TCP_CM_INQ, the bytes that wait, counts it as one, also when it has been read
+        (tcp_inq_hint() in net/ipv4/tcp.c, from Linux 5.1 on), and SIOCINQ does not.
+        """
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_INQ, 1)
+        size = socket.CMSG_SPACE(4)
+        for *_, told in sock.recvmsg(1, size, PEEK | DONTWAIT)[1]:
+            waiting: int = struct.unpack("i", told)[0]
+            return waiting != _queue_size(sock, FIONREAD)
+        return True
+
+    @functools.cache
+    def _tells_of_fin() -> bool:
+        """Whether this kernel has :func:`_has_fin` right: asked of a FIN of our own."""
+        with socket.socket() as own:
+            own.setblocking(False)
+            own.bind(("127.0.0.1", 0))
+            own.connect_ex(own.getsockname())  # to itself: RFC 9293, 3.5
+            own.shutdown(socket.SHUT_WR)
+            return own.recv(1) == b"" and _has_fin(own)
+
+    def _is_dissolved(sock: socket.socket) -> bool:
+        # As by reset(): first it says ECONNRESET, as after a reset by the peer.
+        try:
+            sock.recv(1, PEEK | DONTWAIT)
+        except OSError as exc:
+            return exc.errno == errno.ENOTCONN
+        return False
 
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged; None if it can't tell.
@@ -276,7 +344,7 @@ if sys.platform == "linux":
         try:
             state = _state(sock)
             return (state in _BOTH_FINISHED and fin_has_left(sock)) or (
-                state == _CLOSED and _pending_error(sock) is None
+                state == _CLOSED and _pending_error(sock) is None and _may_have_fin(sock)
             )
         except OSError:
             return False
@@ -298,6 +366,13 @@ else:
 
     def fin_is_out(sock: socket.socket) -> bool:
         """Not known here."""
+        return False
+
+    def false_end(sock: socket.socket) -> OSError | None:
+        """Why the input of *sock* ended without a FIN: not known here."""
+        return None
+
+    def _is_dissolved(sock: socket.socket) -> bool:
         return False
 
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:

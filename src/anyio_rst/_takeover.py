@@ -110,8 +110,8 @@ class Source:
             native = _from_trio(cast("trio.SocketStream", stream), self._address)
         elif type(stream).__module__ == _ON_TRIO:
             _refuse_if_closed(self._owned)
-            origin = _Origin(stream)
-            native = NativeStream(self._owned, self._address, origin=origin)
+            sock: Any = _Unblocked(self._owned)
+            native = NativeStream(sock, self._address, origin=_Origin(stream))
         else:
             native = _from_asyncio(stream, self._owned, self._address)
         return native
@@ -211,6 +211,29 @@ def _refuse_if_taken(stream: object) -> None:
 def _refuse_if_closed(sock: _sockets.SocketLike) -> None:
     if sock.fileno() == -1:
         raise ClosedResourceError("the stream is closed already")
+
+
+class _Unblocked:
+    """The socket object of AnyIO's stream on Trio, which its user has as well.
+
+    Given a time-out, it would wait by itself, and the event loop with it.
+    """
+
+    __slots__ = ("_sock",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def recv(self, size: int, flags: int) -> bytes:
+        _sockets.never_block(self._sock)
+        return self._sock.recv(size, flags)
+
+    def send(self, data: bytes, flags: int) -> int:
+        _sockets.never_block(self._sock)
+        return self._sock.send(data, flags)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
 
 
 class _Origin:

@@ -8,18 +8,30 @@ waits, which an exchange of messages then costs nothing.
 from __future__ import annotations
 
 import asyncio
+import select
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from anyio import get_cancelled_exc_class, notify_closing, wait_readable
+from anyio import (
+    get_cancelled_exc_class,
+    notify_closing,
+    wait_readable,
+    wait_writable,
+)
 from anyio.lowlevel import cancel_shielded_checkpoint
 
+from . import _sockets
+
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from typing import TypeAlias
 
     Reader: TypeAlias = "RegisteredReader | WaitingReader"
+
+# Wake-ups for nothing, in a row, before the socket's error queue is emptied. Until then
+# it can be read by those who asked for what is in it.
+MOST_IN_VAIN = 16
 
 
 def reader_for(sock: socket.socket) -> Reader:
@@ -32,6 +44,37 @@ def reader_for(sock: socket.socket) -> Reader:
             reader.register()
             return reader
     return WaitingReader(sock, is_trios=not on_asyncio)
+
+
+async def wait_for_room(sock: socket.socket) -> None:
+    """Until a send on *sock* would take something, or fail, and sometimes too early.
+
+    Raises:
+      anyio.ClosedResourceError: *sock* is being closed.
+    """
+    for _ in range(MOST_IN_VAIN):
+        await wait_writable(sock)
+        if not _has_only_errors(sock):
+            return
+    _discard_errors(sock.fileno())
+
+
+def _has_only_errors(sock: socket.socket) -> bool:
+    """Whether it is nothing but the error queue that wakes who waits to send."""
+    if not _sockets.ERRQUEUE or sock.fileno() == -1:  # closed since it woke
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return [event for _, event in poll.poll(0)] == [select.POLLERR]
+
+
+def _discard_errors(descriptor: int) -> None:
+    if _sockets.ERRQUEUE:
+        sock = socket.socket(fileno=descriptor)
+        with suppress(OSError):
+            while True:
+                sock.recvmsg(1, 0, _sockets.ERRQUEUE | _sockets.DONTWAIT)
+        sock.detach()
 
 
 def tell_waiters(sock: socket.socket) -> None:
@@ -59,9 +102,11 @@ class WaitingReader:
         self._waiting = True
         try:
             while True:
-                await wait_readable(self._sock)
-                if has_read():
-                    return
+                for _ in range(MOST_IN_VAIN):
+                    await wait_readable(self._sock)
+                    if has_read():
+                        return
+                _discard_errors(self._sock.fileno())
         finally:
             self._waiting = False
 
@@ -84,7 +129,15 @@ class RegisteredReader:
     has to be collected, and with it reset.
     """
 
-    __slots__ = ("_descriptor", "_has_read", "_lasts", "_loop", "_registered", "_waiter")
+    __slots__ = (
+        "_descriptor",
+        "_has_read",
+        "_in_vain",
+        "_lasts",
+        "_loop",
+        "_registered",
+        "_waiter",
+    )
     is_trios = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
@@ -96,6 +149,7 @@ class RegisteredReader:
         self._lasts = isinstance(loop, asyncio.SelectorEventLoop)
         self._waiter: asyncio.Future[None] | None = None
         self._has_read: Callable[[], bool] | None = None
+        self._in_vain = 0
 
     def register(self) -> None:
         self._registered = True  # first, lest an exception of a signal handler's leave it
@@ -126,9 +180,14 @@ class RegisteredReader:
             # Reading here, and not in the task, takes the input away before the loop
             # looks again, and would find it a second time.
             waiter.set_result(None)
-        elif not self._lasts:
-            self.pause()
-            self.register()
+            self._in_vain = 0
+        else:
+            self._in_vain += 1
+            if self._in_vain % MOST_IN_VAIN == 0:
+                _discard_errors(self._descriptor)
+            if not self._lasts:
+                self.pause()
+                self.register()
 
     def pause(self) -> None:
         if self._registered:
