@@ -8,18 +8,20 @@ import select
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
+import trio
 from anyio.abc import SocketAttribute
-from conftest import ASYNCIO
+from conftest import ASYNCIO, BACKENDS, OWNERS
 
 from anyio_rst import (
     CloseKind,
     Connection,
+    Drain,
     PeerClose,
     PeerReset,
     connect_tcp,
@@ -34,6 +36,7 @@ from serving import (
     fill_buffers,
     receive_all,
     serve,
+    settled,
     stream_and_peer,
     turns,
     while_waiting,
@@ -146,6 +149,162 @@ async def test_helper_may_wait_for_the_raw_socket_as_well(kind: str) -> None:
             served = await service.next()
             assert await peer.read_to_end() == Seen(b"both", PeerClose.FIN)
     assert served.raised is None
+
+
+# A helper that outlives its handler, and waits for the socket. Who closes a descriptor
+# tells those who wait for it: its number is soon that of another connection.
+
+
+class Failure(Exception):
+    pass
+
+
+async def leave(conn: Connection, way: str) -> None:
+    if way == "failure":
+        raise Failure
+    if way == "abort":
+        conn.abort()
+    elif way == "aclose":
+        await conn.aclose()
+    elif way == "detach":
+        await conn.detach().aclose()
+    elif way == "cancellation":
+        await anyio.sleep_forever()
+
+
+WAYS = ["return", "failure", "abort", "aclose", "detach", "cancellation"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wait", [anyio.wait_readable, anyio.wait_writable])
+async def test_helper_that_outlives_its_handler_is_told(
+    kind: str, wait: Callable[..., Awaitable[None]], way: str
+) -> None:
+    async def helper(raw: socket.socket) -> None:
+        with anyio.fail_after(LONG):
+            if wait is anyio.wait_writable and way in ("return", "aclose"):
+                await wait(raw)  # our FIN has woken it: whatever is sent would fail
+            else:
+                with pytest.raises(anyio.ClosedResourceError):
+                    await wait(raw)
+        told.append(raw.fileno())
+
+    async def handler(conn: Connection) -> None:
+        raw = conn.extra(SocketAttribute.raw_socket)
+        if wait is anyio.wait_writable:
+            fill_buffers(raw)
+        helpers.start_soon(helper, raw)
+        await settled()
+        waits.set()
+        await leave(conn, way)
+
+    told: list[int] = []
+    waits = anyio.Event()
+    with anyio.fail_after(LONG):
+        async with anyio.create_task_group() as helpers:
+            # The peer does nothing: what ends the drain is the time.
+            server = serve(kind, handler, drain=Drain(timeout=0.05))
+            async with AsyncExitStack() as stack:
+                service = await stack.enter_async_context(server)
+                with service.connect(buffer=4096):
+                    served = await service.next()
+                    await waits.wait()
+                    if way == "cancellation":
+                        await stack.aclose()
+                    await served.ending()
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize("anyio_backend", BACKENDS[2:], indirect=True)
+@pytest.mark.parametrize("way", ["return", "failure", "abort", "aclose"])
+async def test_who_waits_for_the_stream_that_was_taken_over_is_told(
+    owner: str, way: str
+) -> None:
+    """On Trio, where the descriptor is the same."""
+
+    async def helper(sock: Any) -> None:
+        with anyio.fail_after(LONG), pytest.raises(anyio.ClosedResourceError):
+            await anyio.wait_readable(sock)
+        told.append(sock)
+
+    async def trios_helper(sock: Any) -> None:
+        with anyio.fail_after(LONG), pytest.raises(trio.ClosedResourceError):
+            await trio.lowlevel.wait_readable(sock)
+        told.append(sock)
+
+    told: list[Any] = []
+    stream, peer = await stream_and_peer(owner)
+    with peer, anyio.fail_after(LONG):
+        async with anyio.create_task_group() as helpers:
+            with suppress(Failure):
+                async with connection_scope(stream, drain=Drain(timeout=0)) as conn:
+                    if owner == "trio":
+                        helpers.start_soon(trios_helper, stream.socket)
+                    else:
+                        raw = stream.extra(SocketAttribute.raw_socket)
+                        helpers.start_soon(helper, raw)
+                    await settled()
+                    await leave(conn, way)
+    assert len(told) == 1
+
+
+async def test_who_was_told_does_not_disturb_who_has_the_number_next(kind: str) -> None:
+    """AnyIO's waits on asyncio take back a turn later what they have registered."""
+
+    async def helper(raw: socket.socket) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await anyio.wait_readable(raw)
+
+    async def handler(conn: Connection) -> None:
+        connections.append(conn)
+        if len(connections) == 1:
+            helpers.start_soon(helper, conn.extra(SocketAttribute.raw_socket))
+            await settled()
+            waits.set()
+            await anyio.sleep_forever()
+        first = connections[0]
+        number = first.extra(SocketAttribute.raw_socket).fileno()
+        first.abort()
+        taken = [os.dup(peer.sock.fileno())]
+        while taken[-1] < number:
+            taken.append(os.dup(peer.sock.fileno()))
+        os.close(taken.pop())  # that number, if it is free, or the next one
+        try:
+            raw = conn.extra(SocketAttribute.raw_socket)
+            await while_waiting(anyio.wait_readable(raw), peer.sock.sendall, b"x")
+        finally:
+            for descriptor in taken:
+                os.close(descriptor)
+        assert await conn.receive() == b"x"
+
+    connections: list[Connection] = []
+    waits = anyio.Event()
+    async with anyio.create_task_group() as helpers:
+        async with serve(kind, handler) as service:
+            with service.connect():
+                await service.next()
+                await waits.wait()
+                with service.connect() as peer:
+                    served = await service.next()
+                    assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+                await served.ending()
+    assert served.raised is None
+
+
+@ON_ASYNCIO
+async def test_callback_for_the_raw_socket_ends_with_it() -> None:
+    """Left registered, it would keep the next with that number from being noticed."""
+    loop = asyncio.get_running_loop()
+    stream, peer = await stream_and_peer()
+    with peer:
+        async with connection_scope(stream) as conn:
+            number = conn.extra(SocketAttribute.raw_socket).fileno()
+            loop.add_reader(number, lambda: None)
+            loop.add_writer(number, lambda: None)
+            conn.abort()
+            assert not loop.remove_reader(number)
+            assert not loop.remove_writer(number)
 
 
 # Blocking.

@@ -343,8 +343,9 @@ class SocketIO(SocketStream):
     def _wake(self) -> None:
         if self._reader is not None:
             self._reader.close()
-        if self._sending and self._sock.fileno() != -1:
-            tell_waiters(self._sock)
+        shared = self._origin is not None and self._origin.shares_socket
+        if (self._sending or shared) and self._sock.fileno() != -1:
+            tell_waiters(self._sock)  # a second waiter, the drain, would be refused
 
     def refuse_if_closed(self) -> None:
         if self._closed:

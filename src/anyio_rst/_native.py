@@ -13,7 +13,7 @@ from . import _sockets
 from ._forking import disown, own
 from ._io import RECEIVE_SIZE, SocketIO
 from ._peer import PeerClose
-from ._waiting import tell_waiters, wait_for_room
+from ._waiting import close_copy, wait_for_room
 
 if TYPE_CHECKING:
     import socket
@@ -297,8 +297,7 @@ class NativeStream(SocketIO):
 
     def _close_copy(self) -> None:
         if self._copy is not None and self._copy.fileno() != -1:
-            tell_waiters(self._copy)
-            self._copy.close()
+            close_copy(self._copy)
 
     def _is_lost(self) -> bool:
         if self._loss is None and (loss := _sockets.loss(self._sock)) is not None:

@@ -83,6 +83,26 @@ def tell_waiters(sock: socket.socket) -> None:
         notify_closing(sock)
 
 
+def close_copy(sock: socket.socket) -> None:
+    """Wake who waits for *sock* by AnyIO's functions, and close it.
+
+    On asyncio those who wake take back, a turn later, what is registered for its number
+    then. So long no other connection may have that.
+    """
+    tell_waiters(sock)
+    try:
+        if get_cancelled_exc_class() is asyncio.CancelledError:
+            loop = asyncio.get_running_loop()
+            with suppress(NotImplementedError):  # a ProactorEventLoop
+                loop.remove_reader(sock)  # the user's own
+                loop.remove_writer(sock)
+            loop.call_soon(sock.close)
+            return
+    except RuntimeError:  # no event loop, or one that has a transport on it
+        pass
+    sock.close()
+
+
 class WaitingReader:
     """AnyIO's way: on Trio, and where an event loop has no `add_reader()`."""
 
