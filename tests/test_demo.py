@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
+import socket
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from anyio_rst import __main__
-from anyio_rst.commands import demo
-from anyio_rst.commands._demo_cases import HTTP_WAYS, WAYS, Way
-from anyio_rst.commands._demo_clients import Seen, is_true, see_by_socket
+from anyio_rst.commands import _demo_clients, _demo_processes, demo
+from anyio_rst.commands._demo_cases import BUFFER, HTTP_WAYS, WAYS, Way, cut_the_send
+from anyio_rst.commands._demo_clients import Seen, is_true, see_by_curl, see_by_socket
+from anyio_rst.commands._demo_processes import NotMeasured, Process, running
 from anyio_rst.commands._demo_servers import OURS, PLAIN, running_server
+
+# Of the narrowest terminal to be expected.
+WIDTH = 80
 
 # Only a demo that hangs takes so long.
 LONG = 120
 
 LOOPS = ["asyncio", "uvloop", "trio"]
 
-RAISES = next(way for way in WAYS if way.name == "raises an exception")
+RAISES, CUT, KILLED = (
+    next(way for way in WAYS if way.name == name)
+    for name in ("raises an exception", "cuts a send short", "is killed by SIGKILL")
+)
 
 
 def table(output: str) -> dict[str, list[str]]:
     """The cells of each line that is a row, by its first one."""
     rows = {}
     for line in output.splitlines():
-        assert len(line) <= 100
+        assert len(line) <= WIDTH
         name, *cells = re.split("  +", line)
-        if len(cells) == 4:
+        if len(cells) == 5 and cells[0] != "answer":
             rows[name] = cells
     return rows
 
@@ -56,18 +68,18 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
     rows = table(done.stdout)
     assert list(rows) == [way.name for way in ways]
     for way in ways:
-        _, plain_verdict, seen, verdict = rows[way.name]
+        size, _, plain_verdict, seen, verdict = rows[way.name]
+        assert size == f"{len(way.answer):,}"
         assert plain_verdict in ("true", "LIE")
         assert verdict == "true"
         if way.finishes:
-            size = f"{len(way.answer):,}"
-            assert seen == f"{size} of {size} B, FIN"
+            assert seen == f"{size}, FIN"
         elif way in WAYS:
             assert seen.endswith(", RST")
         else:
             assert re.search(", exit [1-9]", seen)
 
-    plain_truths = sum(cells[1] == "true" for cells in rows.values())
+    plain_truths = sum(cells[2] == "true" for cells in rows.values())
     assert lines[-2:] == [
         f"plain AnyIO told the truth in {plain_truths} of {len(rows)} rows",
         f"anyio_rst told the truth in {len(rows)} of {len(rows)} rows",
@@ -87,13 +99,13 @@ def test_lie_of_anyio_rst_is_exit_status_1(
 ) -> None:
     def plain_on_both_sides(
         loop: str, side: str, way: Way
-    ) -> AbstractContextManager[subprocess.Popen[str]]:
+    ) -> AbstractContextManager[Process]:
         return running_server(loop, PLAIN, way)
 
     monkeypatch.setattr(demo, "running_server", plain_on_both_sides)
     assert __main__.main(["demo"]) == 1
     output = capsys.readouterr().out
-    assert table(output) == {RAISES.name: ["1,000 of 2,000 B, FIN", "LIE"] * 2}
+    assert table(output) == {RAISES.name: ["2,000", *["1,000, FIN", "LIE"] * 2]}
     assert "anyio_rst told the truth in 0 of 1 rows" in output
 
 
@@ -141,7 +153,7 @@ def test_all_is_every_loop_that_is_installed(
     monkeypatch.setitem(sys.modules, "uvloop", None)
     assert __main__.main(["demo", "--loop", "all"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "  plain AnyIO" in line] == [
+    assert [line.split()[0] for line in lines if "  answer  " in line] == [
         "asyncio",
         "trio",
     ]
@@ -169,10 +181,132 @@ def test_wrong_command_line_is_an_error(
     assert err.startswith("usage: anyio-rst")
 
 
-def test_server_that_does_not_start_is_told() -> None:
+# What was not measured is no claim.
+
+
+def not_measured(way: Way, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is what comes of *way* on both sides, and *told* the reason."""
+    see = see_by_curl if way in HTTP_WAYS else see_by_socket
+    row = demo.measure("asyncio", way, see)
+    assert row == dict.fromkeys((PLAIN, OURS), Seen("not measured", None))
+    lines = [f"anyio-rst demo: {way.name}, {side}: {told}" for side in (PLAIN, OURS)]
+    assert capsys.readouterr() == ("", "\n".join([*lines, ""]))
+
+
+def test_server_that_does_not_start_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     missing = Way("is not there", RAISES.handler)
-    with pytest.raises(RuntimeError, match=r"is gone:\n(.*\n)+.*StopIteration"):
-        demo.measure("asyncio", missing, see_by_socket)
+    not_measured(missing, "the server is gone: StopIteration", capsys)
+
+
+def test_program_that_cannot_be_run_is_told() -> None:
+    with pytest.raises(NotMeasured, match="cannot run /no/such: No such file"):
+        with running(["/no/such"]):
+            pass
+
+
+def test_silence_of_a_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_demo_processes, "PATIENCE", 0.1)
+    with running([sys.executable, "-c", "input()"]) as process:
+        with pytest.raises(NotMeasured, match="not a word from the server"):
+            process.next_line()
+
+
+@contextmanager
+def listening(*lines: str) -> Iterator[tuple[socket.socket, Process]]:
+    """A server that does not answer, whose process says its port and then *lines*."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        said = iter([str(listener.getsockname()[1]), *lines])
+        yield listener, cast("Any", SimpleNamespace(next_line=lambda: next(said)))
+
+
+def test_no_end_is_neither_truth_nor_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_demo_clients, "PATIENCE", 0.1)
+    with listening() as (_, server):
+        with pytest.raises(NotMeasured, match="no end within"):
+            see_by_socket(RAISES, server)
+
+
+def test_no_connection_is_neither_truth_nor_lie() -> None:
+    with listening() as (listener, server):
+        listener.close()
+        with pytest.raises(NotMeasured, match="Connection refused"):
+            see_by_socket(RAISES, server)
+
+
+@pytest.mark.parametrize("status", [7, 28])
+def test_other_failures_of_curl_are_no_ending(
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "curl").write_text(f"#!/bin/sh\nexit {status}\n")
+    (tmp_path / "curl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    not_measured(HTTP_WAYS[0], f"curl: exit {status}", capsys)
+
+
+def test_server_that_ended_on_its_own_proves_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    way = dataclasses.replace(KILLED, exits=False)
+    not_measured(way, "the server has ended", capsys)
+
+
+def test_server_that_did_not_end_proves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_demo_processes, "PATIENCE", 1)
+    way = dataclasses.replace(RAISES, exits=True)
+    not_measured(way, "the server has not ended", capsys)
+
+
+def test_whole_answer_of_a_handler_that_did_not_finish_proves_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    way = dataclasses.replace(RAISES, answer=RAISES.answer[:1000])
+    not_measured(way, "all of the answer arrived", capsys)
+
+
+def test_send_that_was_not_cut_proves_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    server: Any = SimpleNamespace(next_line=lambda: "not cut")
+    with ours, theirs, pytest.raises(NotMeasured, match="the send was not cut short"):
+        theirs.send(b"x")
+        cut_the_send(ours, server)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_cut_is_forced(loop: str) -> None:
+    """Whatever the time and the buffers: all that arrives is what the buffers held."""
+    row = demo.measure(loop, CUT, see_by_socket)
+    for side, end, true in ((PLAIN, "FIN", False), (OURS, "RST", True)):
+        size, seen_end = row[side].text.rsplit(", ", 1)
+        assert (seen_end, row[side].true) == (end, true)
+        # The kernel doubles what is asked for: socket(7). A segment may be beyond it.
+        assert 0 < int(size.replace(",", "")) <= 2 * (2 * BUFFER + BUFFER)
+
+
+@pytest.mark.usefixtures("only_one_way")
+def test_what_could_not_be_measured_is_exit_status_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def see(way: Way, server: Process) -> Seen:
+        raise NotMeasured("it was dark")
+
+    monkeypatch.setattr(demo, "see_by_socket", see)
+    assert __main__.main(["demo"]) == 3
+    out, err = capsys.readouterr()
+    assert table(out) == {RAISES.name: ["2,000", *["not measured", "?"] * 2]}
+    assert "anyio_rst told the truth in 0 of 1 rows, 1 not measured" in out.splitlines()
+    assert err.count(": it was dark\n") == 2
+
+
+def test_lie_is_worse_than_what_is_not_known() -> None:
+    lie, unknown = Seen("", true=False), Seen("", true=None)
+    rows = [{PLAIN: lie, OURS: each} for each in (lie, unknown)]
+    assert demo.exit_status(rows) == demo.exit_status(rows[::-1]) == 1
+    assert demo.exit_status([{PLAIN: unknown, OURS: Seen("", true=True)}]) == 0
 
 
 def test_console_script() -> None:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.abc import ByteStream
+from anyio.abc import SocketAttribute, SocketStream
+
+from ._demo_processes import NotMeasured, say
 
 if TYPE_CHECKING:
-    import socket
-    import subprocess
+    from ._demo_processes import Process
+
+# SO_RCVBUF and SO_SNDBUF, in bytes, where something has to be too much for them. The
+# kernel gives twice that (socket(7)), and does not let it grow with the traffic.
+BUFFER = 65536
 
 ANSWER = bytes(range(250)) * 8
 HALF = ANSWER[: len(ANSWER) // 2]
@@ -28,9 +34,9 @@ HALF = ANSWER[: len(ANSWER) // 2]
 LATE_ANSWER = ANSWER * 100
 
 # Too much for the buffers of both sides together.
-TOO_MUCH = ANSWER * 4000
+TOO_MUCH = ANSWER * 1000
 
-Handler = Callable[[ByteStream], Awaitable[None]]
+Handler = Callable[[SocketStream], Awaitable[None]]
 
 
 class HalfWay(Exception):
@@ -40,55 +46,67 @@ class HalfWay(Exception):
 # The ways out, of a handler that has received its request.
 
 
-async def returns(stream: ByteStream) -> None:
+async def returns(stream: SocketStream) -> None:
     await stream.send(ANSWER)
 
 
-async def returns_during_an_upload(stream: ByteStream) -> None:
+async def returns_during_an_upload(stream: SocketStream) -> None:
     await stream.send(LATE_ANSWER)
-    print("returning", flush=True)  # the client uploads the rest: upload()
+    say("returning")  # the client uploads the rest: upload()
 
 
-async def raises(stream: ByteStream) -> None:
+async def raises(stream: SocketStream) -> None:
     await stream.send(HALF)
     raise HalfWay
 
 
-async def times_out(stream: ByteStream) -> None:
+async def times_out(stream: SocketStream) -> None:
     await stream.send(HALF)
     with anyio.fail_after(0.1):
         await anyio.sleep_forever()
 
 
-async def is_cancelled(stream: ByteStream) -> None:
+async def is_cancelled(stream: SocketStream) -> None:
     await stream.send(HALF)
     os.kill(os.getpid(), signal.SIGTERM)  # cancels the server: serve_until_sigterm()
     await anyio.sleep_forever()
 
 
-async def has_a_failing_child(stream: ByteStream) -> None:
+async def has_a_failing_child(stream: SocketStream) -> None:
     async with anyio.create_task_group() as tg:
         tg.start_soon(raises, stream)
         await anyio.sleep_forever()
 
 
-async def cuts_a_send_short(stream: ByteStream) -> None:
-    with anyio.move_on_after(0.25):
-        await stream.send(TOO_MUCH)
-    print("cut short", flush=True)  # the client reads: wait_for_the_cut()
+async def cuts_a_send_short(stream: SocketStream) -> None:
+    # By the word of a client that has its first bytes, and does not read: cut_the_send().
+    # After some time, a slow machine might not have begun, and a fast one be done.
+    sock = stream.extra(SocketAttribute.raw_socket)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+    scope = anyio.CancelScope()
+
+    async def cut() -> None:
+        await stream.receive()
+        scope.cancel()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(cut)
+        with scope:
+            await stream.send(TOO_MUCH)
+    say("cut short" if scope.cancelled_caught else "not cut")
 
 
-async def exits(stream: ByteStream) -> None:
+async def exits(stream: SocketStream) -> None:
     await stream.send(HALF)
     sys.exit()
 
 
-async def is_killed(stream: ByteStream) -> None:
+async def is_killed(stream: SocketStream) -> None:
     await stream.send(HALF)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def raises_in_http(stream: ByteStream) -> None:
+async def raises_in_http(stream: SocketStream) -> None:
     # With no length, the end of the connection is the end of the body: RFC 9112, 6.3.
     await stream.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
     await raises(stream)
@@ -97,23 +115,17 @@ async def raises_in_http(stream: ByteStream) -> None:
 # What a client does after its request and before it reads.
 
 
-def next_line(server: subprocess.Popen[str]) -> str:
-    """Wait for the next line that *server* prints."""
-    assert server.stdout is not None
-    assert server.stderr is not None
-    line = server.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a server of the demo is gone:\n{server.stderr.read()}")
-    return line
-
-
-def upload(sock: socket.socket, server: subprocess.Popen[str]) -> None:
-    next_line(server)
+def upload(sock: socket.socket, server: Process) -> None:
+    server.next_line()
     sock.sendall(TOO_MUCH)
 
 
-def wait_for_the_cut(sock: socket.socket, server: subprocess.Popen[str]) -> None:
-    next_line(server)
+def cut_the_send(sock: socket.socket, server: Process) -> None:
+    sock.recv(1, socket.MSG_PEEK)
+    sock.sendall(b"enough")
+    if server.next_line() != "cut short":
+        raise NotMeasured("the send was not cut short")
+    server.next_line()  # closed: nothing more of it can come from the process
 
 
 # The table.
@@ -128,7 +140,7 @@ class Way:
 
     handler: Handler
 
-    before_reading: Callable[[socket.socket, subprocess.Popen[str]], None] | None = None
+    before_reading: Callable[[socket.socket, Process], None] | None = None
     """What the client, if it is a socket, does after its request."""
 
     answer: bytes = ANSWER
@@ -136,6 +148,9 @@ class Way:
 
     finishes: bool = False
     """Whether the handler sends all of that, and then returns."""
+
+    exits: bool = False
+    """Whether the process of the server ends with it."""
 
 
 WAYS = (
@@ -149,16 +164,16 @@ WAYS = (
     ),
     Way("raises an exception", raises),
     Way("runs into a timeout", times_out),
-    Way("is cancelled", is_cancelled),
+    Way("is cancelled", is_cancelled, exits=True),
     Way("has a failing child task", has_a_failing_child),
     Way(
         "cuts a send short",
         cuts_a_send_short,
-        before_reading=wait_for_the_cut,
+        before_reading=cut_the_send,
         answer=TOO_MUCH,
     ),
-    Way("calls sys.exit()", exits),
-    Way("is killed by SIGKILL", is_killed),
+    Way("calls sys.exit()", exits, exits=True),
+    Way("is killed by SIGKILL", is_killed, exits=True),
 )
 
 HTTP_WAYS = (Way("fails half way", raises_in_http),)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from anyio_rst._peer import PeerClose
 
-from ._demo_cases import Way, next_line
+from ._demo_cases import BUFFER, Way
+from ._demo_processes import PATIENCE, NotMeasured, Process, running
 from ._demo_servers import LOOPBACK
 
-# Seconds that a client waits for an end of any kind.
-PATIENCE = 10
+# The exit statuses of curl for a transfer that was broken off: CURLE_PARTIAL_FILE,
+# CURLE_GOT_NOTHING, CURLE_SEND_ERROR and CURLE_RECV_ERROR. Others tell of other things.
+BROKEN_OFF = {18, 52, 55, 56}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a client saw of an answer, and whether that was true."""
+    """What a client saw of an answer, and whether that was true; None: not measured."""
 
     text: str
-    true: bool
+    true: bool | None
 
 
-Client = Callable[[Way, subprocess.Popen[str]], Seen]
+Client = Callable[[Way, Process], Seen]
 
 
 def is_true(*, claimed: bool, finished: bool, whole: bool) -> bool:
@@ -42,13 +41,21 @@ def is_true(*, claimed: bool, finished: bool, whole: bool) -> bool:
     return not finished
 
 
-def see_by_socket(way: Way, server: subprocess.Popen[str]) -> Seen:
-    """Read to the end, and tell by which kind of end it was."""
+def see_by_socket(way: Way, server: Process) -> Seen:
+    """Read to the end, and tell by which kind of end it was.
+
+    Raises:
+      NotMeasured: there was none, or not what it was to be the end of.
+    """
     data = bytearray()
     close = PeerClose.FIN
-    port = int(next_line(server))
-    with socket.create_connection((LOOPBACK, port), timeout=PATIENCE) as sock:
+    port = int(server.next_line())
+    with socket.socket() as sock:
+        sock.settimeout(PATIENCE)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
         try:
+            sock.connect((LOOPBACK, port))
             try:
                 sock.sendall(b"request")
                 if way.before_reading is not None:
@@ -62,25 +69,31 @@ def see_by_socket(way: Way, server: subprocess.Popen[str]) -> Seen:
         except ConnectionResetError:
             close = PeerClose.RST
         except TimeoutError:
-            close = PeerClose.NONE
-    end = "no end" if close is PeerClose.NONE else close.value
-    claimed = close is PeerClose.FIN
-    return judge(way, bytes(data), end, claimed=claimed)
+            raise NotMeasured(f"no end within {PATIENCE:g} s") from None
+        except OSError as exc:
+            raise NotMeasured(str(exc)) from exc
+    return judge(way, bytes(data), close.value, claimed=close is PeerClose.FIN)
 
 
-def see_by_curl(way: Way, server: subprocess.Popen[str]) -> Seen:
-    """Download with curl, and tell by its exit status."""
-    url = f"http://{LOOPBACK}:{int(next_line(server))}/"
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "answer")
-        # --disable: no ~/.curlrc.
-        command = ["curl", "--disable", "--silent", "--noproxy", "*"]
-        command += ["--max-time", str(PATIENCE), "--output", str(file), url]
-        status = subprocess.run(command, check=False).returncode
-        data = file.read_bytes() if file.exists() else b""
+def see_by_curl(way: Way, server: Process) -> Seen:
+    """Download with curl, and tell by its exit status.
+
+    Raises:
+      NotMeasured: it tells of something else.
+    """
+    # --disable: no ~/.curlrc.
+    command = ["curl", "--disable", "--silent", "--noproxy", "*"]
+    command.append(f"http://{LOOPBACK}:{int(server.next_line())}/")
+    with running(command) as curl:
+        status, data = curl.rest()
+    if status and status not in BROKEN_OFF:
+        raise NotMeasured(f"curl: exit {status}")
     return judge(way, data, f"exit {status}", claimed=status == 0)
 
 
 def judge(way: Way, data: bytes, end: str, *, claimed: bool) -> Seen:
-    true = is_true(claimed=claimed, finished=way.finishes, whole=data == way.answer)
-    return Seen(f"{len(data):,} of {len(way.answer):,} B, {end}", true)
+    whole = data == way.answer
+    if whole and not way.finishes:
+        raise NotMeasured("all of the answer arrived")
+    true = is_true(claimed=claimed, finished=way.finishes, whole=whole)
+    return Seen(f"{len(data):,}, {end}", true)

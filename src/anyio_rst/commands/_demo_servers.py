@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
 import sys
-from contextlib import contextmanager, suppress
+import threading
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio.abc import ByteStream, SocketAttribute
+from anyio.abc import SocketAttribute, SocketStream
 
 from anyio_rst._serve import serve_tcp
 
 from ._demo_cases import HTTP_WAYS, WAYS
+from ._demo_processes import HERE, running, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from anyio.abc import TaskStatus
 
+    from anyio_rst._connection import Connection
+
     from ._demo_cases import Handler, Way
+    from ._demo_processes import Process
 
 # AnyIO's name of the backend, and its options, for each --loop.
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,17 +37,15 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 LOOPBACK = "127.0.0.1"
 
-# Seconds that a server lives when the demo itself was killed, and cannot kill it.
-LIFETIME = 60
-
 
 async def serve_plainly(handler: Handler, *, task_status: TaskStatus[int]) -> None:
     """Serve as one does with AnyIO alone."""
 
-    async def serve_one(stream: ByteStream) -> None:
+    async def serve_one(stream: SocketStream) -> None:
         with suppress(Exception):  # it costs one connection, as with serve_tcp()
             async with stream:
                 await handler(stream)
+        say_closed()
 
     async with await anyio.create_tcp_listener(local_host=LOOPBACK) as listener:
         task_status.started(listener.extra(SocketAttribute.local_port))
@@ -52,8 +55,14 @@ async def serve_plainly(handler: Handler, *, task_status: TaskStatus[int]) -> No
 async def serve_truthfully(handler: Handler, *, task_status: TaskStatus[int]) -> None:
     """Serve with anyio_rst."""
     async with anyio.create_task_group() as tg:
-        server = await tg.start(partial(serve_tcp, handler, host=LOOPBACK))
+        server = await tg.start(
+            partial(serve_tcp, handler, host=LOOPBACK, on_ending=say_closed)
+        )
         task_status.started(server.port)
+
+
+def say_closed(_: Connection | None = None) -> None:
+    say("closed")
 
 
 PLAIN = "plain AnyIO"
@@ -65,7 +74,7 @@ def serve(loop: str, side: str, way: str) -> None:
     """What the process of a server runs: print its port, then serve *way*."""
     way_out = next(each.handler for each in (*WAYS, *HTTP_WAYS) if each.name == way)
 
-    async def handler(stream: ByteStream) -> None:
+    async def handler(stream: SocketStream) -> None:
         # With no request to wait for, an RST could be there before the connect() of
         # the client has returned, and make that fail.
         await stream.receive()
@@ -80,29 +89,26 @@ def serve(loop: str, side: str, way: str) -> None:
 async def serve_until_sigterm(side: str, handler: Handler) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM) as signals:
         async with anyio.create_task_group() as tg:
-            print(await tg.start(SIDES[side], handler), flush=True)
-            with anyio.move_on_after(LIFETIME):
-                await anext(signals)
+            say(str(await tg.start(SIDES[side], handler)))
+            await anext(signals)
             tg.cancel_scope.cancel()
 
 
-@contextmanager
-def running_server(loop: str, side: str, way: Way) -> Iterator[subprocess.Popen[str]]:
+def answer_the_demo() -> None:
+    """Say that this process lives, for as long as the demo does, that may be killed."""
+    while os.read(0, 1):
+        say(HERE)
+    os._exit(1)
+
+
+def running_server(loop: str, side: str, way: Way) -> AbstractContextManager[Process]:
     """A process in which one side serves *way*. It is killed at the end.
 
     What it says of the failures, which are deliberate, stays in a pipe.
     """
-    with subprocess.Popen(
-        [sys.executable, "-m", __name__, loop, side, way.name],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return running([sys.executable, "-m", __name__, loop, side, way.name])
 
 
 if __name__ == "__main__":
+    threading.Thread(target=answer_the_demo, daemon=True).start()
     serve(*sys.argv[1:])

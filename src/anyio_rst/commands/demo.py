@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ._demo_cases import HTTP_WAYS, WAYS
 from ._demo_clients import Seen, see_by_curl, see_by_socket
+from ._demo_processes import NotMeasured
 from ._demo_servers import LOOPS, OURS, SIDES, running_server
 
 if TYPE_CHECKING:
@@ -23,9 +24,16 @@ if TYPE_CHECKING:
 
     from ._demo_cases import Way
     from ._demo_clients import Client
+    from ._demo_processes import Process
 
 # What the client saw on each of SIDES.
 Row = dict[str, Seen]
+
+
+# Exit statuses.
+LIED = 1
+USAGE = 2
+UNKNOWN = 3
 
 
 def measure(loop: str, way: Way, see: Client) -> Row:
@@ -34,12 +42,25 @@ def measure(loop: str, way: Way, see: Client) -> Row:
         servers = {
             side: stack.enter_context(running_server(loop, side, way)) for side in SIDES
         }
-        return {side: see(way, server) for side, server in servers.items()}
+        return {side: look(way, side, server, see) for side, server in servers.items()}
+
+
+def look(way: Way, side: str, server: Process, see: Client) -> Seen:
+    try:
+        seen = see(way, server)
+        if way.exits and not server.has_ended():
+            raise NotMeasured("the server has not ended")
+        if not way.exits and not server.is_there():
+            raise NotMeasured("the server has ended")
+    except NotMeasured as exc:
+        tell(f"{way.name}, {side}: {exc}")
+        return Seen("not measured", None)
+    return seen
 
 
 def show(loop: str) -> list[Row]:
     """Measure every way out on *loop*, and print the table row by row."""
-    print_line(loop, *SIDES)
+    put_line(loop, "answer", *SIDES)
     rows = show_rows(loop, "the handler ...", "the client got", WAYS, see_by_socket)
     if shutil.which("curl") is None:
         print("curl is not installed: its part is left out")
@@ -49,34 +70,43 @@ def show(loop: str) -> list[Row]:
         )
     for side in SIDES:
         truths = [row[side].true for row in rows]
-        print(f"{side} told the truth in {sum(truths)} of {len(truths)} rows", flush=True)
+        told = f"{side} told the truth in {truths.count(True)} of {len(truths)} rows"
+        unknown = truths.count(None)
+        told = f"{told}, {unknown} not measured" if unknown else told
+        print(told, flush=True)
     return rows
 
 
 def show_rows(
     loop: str, label: str, heading: str, ways: Iterable[Way], see: Client
 ) -> list[Row]:
-    print_line(label, *(heading for _ in SIDES))
+    put_line(label, "in bytes", *(heading for _ in SIDES))
     rows: list[Row] = []
     for way in ways:
         row = measure(loop, way, see)
-        print_line(way.name, *(cell(seen) for seen in row.values()))
+        put_line(way.name, f"{len(way.answer):,}", *(cell(seen) for seen in row.values()))
         rows.append(row)
     return rows
 
 
 def cell(seen: Seen) -> str:
-    return f"{seen.text:29}  {'true' if seen.true else 'LIE'}"
+    return f"{seen.text:14}  {VERDICTS[seen.true]}"
 
 
-def print_line(label: str, *cells: str) -> None:
-    columns = (f"{label:24}", *(f"{text:35}" for text in cells))
+VERDICTS = {True: "true", False: "LIE", None: "?"}
+
+
+def put_line(label: str, size: str, *cells: str) -> None:
+    columns = (f"{label:24}", f"{size:>9}", *(f"{text:20}" for text in cells))
     print("  ".join(columns).rstrip(), flush=True)
 
 
 def exit_status(rows: Iterable[Row]) -> int:
-    """1 if anyio_rst lied anywhere, otherwise 0."""
-    return 0 if all(row[OURS].true for row in rows) else 1
+    """Of anyio_rst: whether it lied anywhere, or it is not known."""
+    truths = {row[OURS].true for row in rows}
+    if False in truths:
+        return LIED
+    return UNKNOWN if None in truths else 0
 
 
 # The command.
@@ -90,12 +120,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="event loop of the servers (default: %(default)s)",
     )
 
+    parser.epilog = (
+        f"Exit status: 0 anyio_rst told the truth, {LIED} it lied, {USAGE} wrong usage "
+        f"or a loop that is not installed, {UNKNOWN} something could not be measured."
+    )
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo.
 
     Returns:
-      The exit status: 1 if anyio_rst lied, 2 if the loop is not installed, otherwise 0.
+      The exit status: see :func:`add_arguments`.
     """
     rows: list[Row] = []
     for loop in LOOPS if arguments.loop == "all" else [arguments.loop]:
@@ -104,6 +139,10 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.loop == "all":
             print(f"{loop} is not installed, and left out")
         else:
-            print(f"anyio-rst demo: {loop} is not installed", file=sys.stderr)
-            return 2
+            tell(f"{loop} is not installed")
+            return USAGE
     return exit_status(rows)
+
+
+def tell(line: str) -> None:
+    print(f"anyio-rst demo: {line}", file=sys.stderr)
