@@ -13,7 +13,7 @@ import ssl
 import sys
 from pathlib import Path
 
-from . import link, report
+from . import link, relay, report
 from .processes import Stuck
 from .report import Report
 from .run import LEAST_PER_ROUND, Soak
@@ -29,9 +29,9 @@ def about(seed: int, missing: str | None) -> dict[str, str]:
             versions.append(f"{package} {importlib.metadata.version(package)}")
     versions.append(" ".join(ssl.OPENSSL_VERSION.split()[:2]))
     there = (
-        f"loses {link.LOSS:.0%} of the packets in either direction, doubles "
-        f"{link.DOUBLED:.0%}, and delays each by {link.DELAY * 1000:.0f} to "
-        f"{(link.DELAY + link.JITTER) * 1000:.0f} ms"
+        f"loses {relay.LOSS:.0%} of the packets in either direction, doubles "
+        f"{relay.DOUBLED:.0%}, and delays each by {relay.DELAY * 1000:.0f} to "
+        f"{(relay.DELAY + relay.JITTER) * 1000:.0f} ms"
     )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -3,93 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from .plans import DRAIN_TIMEOUT, Manner, Way, Work
+from .plans import Manner, Way, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
-class Seen(NamedTuple):
-    """A line of the peers."""
-
-    number: int
-    kind: str
-    work: int
-    manner: str
-    size: int
-    lossy: bool
-    way: str
-    host: str
-    port: int
-    connected: bool
-    close: str
-    """FIN, RST, NONE, RESET by the peer itself, or the name of another error."""
-    received: int
-    sent: int
-    """Bytes behind the request; over TLS the encrypted ones."""
-    wrong: bool
-    close_notify: bool
-    """Over TLS: whether one came."""
-
-
-class Ended(NamedTuple):
-    """A line of the server: the fields of an `Ending`."""
-
-    host: str | None
-    port: int | None
-    """None if the peer had reset before a scope could ask."""
-    number: int | None
-    """The id that the handler has read; None if it never came."""
-    kind: str
-    """REFUSED where there is no Ending, since there was nothing to scope any more."""
-    cause: str
-    peer: str
-    discarded: int
-    unacknowledged: int | None
-    fin_sent_before_reset: bool
-    error: str | None
-    """The type of the exception in `outcome`."""
-    drained: float | None
-    """Seconds from the end of the handler's work to that of the connection."""
-    way: str
-
-    @property
-    def waited_in_vain(self) -> bool:
-        """Whether the drain went to its limit. 10 ms are for what clocks are worth."""
-        return self.drained is not None and self.drained > DRAIN_TIMEOUT - 0.01
-
-
-class Arrived(NamedTuple):
-    """What the link did to one side's segments."""
-
-    lost: int
-    """RSTs that it dropped."""
-    refused: int
-    """RSTs that the receiver's TCP did not accept, since a segment before was missing."""
-    obeyed: int
-    """RSTs that the receiver's TCP accepted."""
-    reached: int
-    """Segments that can complete a handshake, and came before any RST."""
-
-    @property
-    def reset_is_lost(self) -> bool:
-        return not self.obeyed and self.lost + self.refused > 0
-
-
-class Flow(NamedTuple):
-    """A connection, as the link has seen it."""
-
-    peer: Arrived
-    server: Arrived
-    trace: Sequence[str] = ()
-    """The last segments: when, where to, flags, sequence number and length."""
-
-
-def flow(record: tuple[Sequence[int], Sequence[int], Sequence[str]]) -> Flow:
-    peer, server, trace = record
-    return Flow(Arrived(*peer), Arrived(*server), trace)
+    from .records import Ended, Flow, Seen
 
 
 class Verdict(enum.Enum):

@@ -1,8 +1,8 @@
-"""A lossy link: `python -m soak.link SEED SERVER_TUN PEER_TUN`.
+"""A lossy link: its two ends.
 
-Two network namespaces without a name, a TUN device in each, and this process between
-them, which loses, delays, reorders and doubles packets. All of it disappears with the
-processes that use it, in whatever way they end.
+Two network namespaces without a name, a TUN device in each, and a process between them
+(`soak.relay`), which loses, delays, reorders and doubles packets. All of it disappears
+with the processes that use it, in whatever way they end.
 
 Netem (tc-netem(8)) does the same to a veth pair, but it does not tell which packets it
 has lost. This link knows that, and what the receiver made of those that it delivered.
@@ -12,50 +12,26 @@ never sent any.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
-import heapq
-import json
 import os
-import random
-import select
 import socket
 import struct
-import sys
 import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from .plans import (
-    NATIVE_WAYS,
-    PEER_ADDRESS,
-    SERVER_ADDRESS,
-    VANISH_AFTER,
-    VANISHING_PORTS,
-    Manner,
-    Way,
-)
-from .receiver import RST, SYN, Receiver
+from .plans import NATIVE_WAYS, Way
+from .wire import PEER_ADDRESS, SERVER_ADDRESS, VANISHING_PORTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
 
-LOSS = 0.03  # of the packets of either direction
-DOUBLED = 0.01
-DELAY, JITTER = 0.002, 0.01  # seconds; a difference above 0 reorders
-# Seconds without a packet, after which none is under way: two delayed ACKs (40 ms).
-IDLE = 0.08
-PACKETS_PER_TURN = 64
-ANSWERED = 4  # segments of an answer, before the peer in the middle of it vanishes
 MTU = 1500
 # Longer than any burst: what overflows would be lost without a trace.
 QUEUE = 20_000
-TRACED = 30  # segments of a connection that are shown if it goes wrong
 BACKLOG = 4096
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -64,8 +40,6 @@ TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 SIOCSIFADDR, SIOCSIFNETMASK, SIOCSIFMTU, SIOCSIFTXQLEN = 0x8916, 0x891C, 0x8922, 0x8943
 NAME = b"soak"
-
-IPPROTO_TCP = 6
 
 # Of /proc/net/tcp: the server's kernel has nothing more to send in these states.
 AT_REST = {"05", "06", "0A"}  # FIN_WAIT2, TIME_WAIT, LISTEN (net/tcp_states.h)
@@ -220,180 +194,6 @@ def _read_all(descriptor: int) -> str:
     return b"".join(parts).decode()
 
 
-class Flow:
-    """A connection, as the link sees it."""
-
-    def __init__(self, port: int) -> None:
-        self.peer, self.server = Receiver(), Receiver()
-        self.cut = False
-        self._vanishes = (
-            VANISH_AFTER[(port - VANISHING_PORTS.start) % len(VANISH_AFTER)]
-            if port in VANISHING_PORTS
-            else None
-        )
-        self._requests = self._answers = 0
-        self._trace: list[str] = []
-
-    def note(self, what: str, flags: int, seq: int, length: int) -> None:
-        self._trace.append(f"{time.monotonic():.3f} {what} {flags:02x} {seq} +{length}")
-
-    @property
-    def may_vanish(self) -> bool:
-        return self._vanishes is not None
-
-    def is_cut(self, *, to_server: bool, length: int) -> bool:
-        """Whether its peer has disappeared, before this segment or with it."""
-        if self._vanishes is None or self.cut:
-            return self.cut
-        if self._vanishes is Manner.BEFORE_REQUEST:
-            self.cut = length > 0
-        elif self._vanishes is Manner.WAITING:
-            self.cut = self._requests > 0
-        else:
-            self.cut = self._answers >= ANSWERED
-        self._requests += to_server and length > 0
-        self._answers += not to_server and length > 0
-        return self.cut
-
-    def record(self) -> tuple[list[int], list[int], list[str]]:
-        """The fields of `judge.Flow`."""
-        peer, server = (
-            [side.lost, side.refused, side.obeyed, side.reached]
-            for side in (self.peer, self.server)
-        )
-        return peer, server, self._trace[-TRACED:]
-
-
-@dataclass
-class Totals:
-    packets: int = 0
-    lost: int = 0
-    doubled: int = 0
-    reordered: int = 0
-
-
-class Relay:
-    def __init__(self, seed: int, server_tun: int, peer_tun: int) -> None:
-        self._rng = random.Random(seed)
-        self._ends = {server_tun: peer_tun, peer_tun: server_tun}
-        self._peer_tun = peer_tun
-        self._flows: dict[int, Flow] = {}  # by the port of the peer
-        self._vanished: set[int] = set()  # before; their servers try for a while
-        self._totals = Totals()
-        # When, the number that it came with, what, and where to.
-        self._under_way: list[tuple[float, int, bytes, int]] = []
-        self._arrivals = 0
-
-    def run(self) -> None:
-        """Until the standard input ends. Each line of it is answered with a report."""
-        control = sys.stdin.fileno()
-        poll = select.epoll()
-        for descriptor in (control, *self._ends):
-            poll.register(descriptor, select.EPOLLIN)
-        asked = False
-        while True:
-            timeout = IDLE if asked else -1
-            if self._under_way:
-                timeout = max(0, self._under_way[0][0] - time.monotonic())
-            ready = [descriptor for descriptor, _ in poll.poll(timeout)]
-            if asked and not ready and not self._under_way:
-                asked = False
-                self._report()
-            for descriptor in ready:
-                if descriptor != control:
-                    self._take(descriptor)
-                elif os.read(control, 4096):
-                    asked = True
-                else:
-                    return
-            self._deliver()
-
-    def _take(self, tun: int) -> None:
-        for _ in range(PACKETS_PER_TURN):
-            try:
-                packet = os.read(tun, 2 * MTU)
-            except BlockingIOError:
-                return
-            segment = parsed(packet, to_server=tun == self._peer_tun)
-            if segment is not None:
-                self._forward(tun, packet, *segment)
-
-    def _forward(self, tun: int, packet: bytes, port: int, *segment: int) -> None:
-        flags, _, length = segment
-        self._totals.packets += 1
-        self._arrivals += 1
-        to_server = tun == self._peer_tun
-        if port in self._vanished:
-            if not (to_server and flags & SYN):
-                return
-            self._vanished.remove(port)  # another peer has come to this address
-        flow = self._flow(port)
-        if flow.is_cut(to_server=to_server, length=length):
-            return
-        if self._rng.random() < LOSS and not flow.may_vanish:
-            self._totals.lost += 1
-            flow.note("lost to server" if to_server else "lost to peer", *segment)
-            if flags & RST:
-                (flow.server if to_server else flow.peer).lost += 1
-            return
-        copies = 1
-        if self._rng.random() < DOUBLED:
-            self._totals.doubled += 1
-            copies = 2
-        for _ in range(copies):
-            due = time.monotonic() + DELAY + self._rng.random() * JITTER
-            item = (due, self._arrivals, packet, self._ends[tun])
-            heapq.heappush(self._under_way, item)
-
-    def _deliver(self) -> None:
-        now = time.monotonic()
-        while self._under_way and self._under_way[0][0] <= now:
-            _, arrival, packet, tun = heapq.heappop(self._under_way)
-            to_server = tun != self._peer_tun
-            segment = parsed(packet, to_server=to_server)
-            assert segment is not None
-            port, *rest = segment
-            flow = self._flow(port)
-            receiver = flow.server if to_server else flow.peer
-            self._totals.reordered += arrival < receiver.latest
-            receiver.latest = max(arrival, receiver.latest)
-            receiver.deliver(*rest)
-            flow.note("to server" if to_server else "to peer", *rest)
-            os.write(tun, packet)
-
-    def _flow(self, port: int) -> Flow:
-        flow = self._flows.get(port)
-        if flow is None:
-            flow = self._flows[port] = Flow(port)
-        return flow
-
-    def _report(self) -> None:
-        """What became of the connections since the last report."""
-        report: dict[str, Any] = {
-            "totals": vars(self._totals),
-            "flows": {port: flow.record() for port, flow in self._flows.items()},
-        }
-        self._vanished |= {port for port, flow in self._flows.items() if flow.cut}
-        self._flows = {}
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.write(json.dumps(report) + "\n")
-            sys.stdout.flush()
-
-
-def parsed(packet: bytes, *, to_server: bool) -> tuple[int, int, int, int] | None:
-    """The peer's port, flags, sequence number and length; None if it is not TCP."""
-    if packet[0] >> 4 != 4 or packet[9] != IPPROTO_TCP:
-        return None  # IPv6 looks for routers
-    start = (packet[0] & 15) * 4
-    source, target, seq = struct.unpack_from("!HHI", packet, start)
-    length = len(packet) - start - (packet[start + 12] >> 4) * 4
-    return source if to_server else target, packet[start + 13], seq, length
-
-
-def main(seed: str, server_tun: str, peer_tun: str) -> None:
-    Relay(int(seed), int(server_tun), int(peer_tun)).run()
-
-
 def available() -> str | None:
     """Why there can be no link, or None."""
     if not Path("/dev/net/tun").exists():
@@ -403,7 +203,3 @@ def available() -> str | None:
     except LinkUnavailable as exc:
         return str(exc)
     return None
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

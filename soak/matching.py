@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .judge import Ended, Seen
+    from .records import Ended, Seen
     from .report import Result
 
 

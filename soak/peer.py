@@ -12,18 +12,9 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from .plans import (
-    DRAIN_TIMEOUT,
-    FLOOD,
-    KIB,
-    PATTERN,
-    REQUEST,
-    Manner,
-    Plan,
-    Work,
-    request,
-)
-from .plans import place as place_of
+from .plans import DRAIN_TIMEOUT, KIB, Manner, Plan, Work
+from .wire import FLOOD, PATTERN, REQUEST, request
+from .wire import place as place_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

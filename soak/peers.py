@@ -29,21 +29,16 @@ from typing import TYPE_CHECKING
 
 from . import link
 from .peer import PARKED, Peer, name_of
-from .plans import (
-    ENDLESS,
-    KIB,
+from .plans import ENDLESS, KIB, SHARES, Manner, Way, plans
+from .tls import LOOPBACK_ADDRESS, TLSSocket, peer_context
+from .wire import (
     LINK_PORTS,
     LOOPBACK_PORTS,
     PEER_ADDRESS,
     SERVER_ADDRESS,
-    SHARES,
     VANISH_AFTER,
     VANISHING_PORTS,
-    Manner,
-    Way,
-    plans,
 )
-from .tls import LOOPBACK_ADDRESS, TLSSocket, peer_context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

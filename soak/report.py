@@ -12,7 +12,7 @@ from .judge import WRONG, Verdict
 from .plans import KINDS, Way
 
 if TYPE_CHECKING:
-    from .judge import Seen
+    from .records import Seen
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

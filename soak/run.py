@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import link
-from .judge import WRONG, Ended, Flow, Seen, flow, judge
+from .judge import WRONG, judge
 from .matching import Endings
 from .plans import NATIVE_SHARE, NATIVE_WAYS, SCOPES_SHARE, SHARES, Share, Way
 from .processes import OTHER_CORES, PATIENCE, POLL, SERVER_CORES, Lines, Process, Stuck
+from .progress import Progress
+from .records import Ended, Flow, Seen, flow
 from .report import Result, Sample
 from .tls import make_certificate
 
@@ -38,40 +40,6 @@ EXPECTED_RECORDS = (
     "INFO the peer went away",
     "INFO %s: %r",  # a TLS handshake that failed
 )
-
-
-class Progress:
-    """A bar on a terminal, and a line now and then elsewhere."""
-
-    WIDTH = 30
-    STEP = 0.1
-
-    def __init__(self, loop: str) -> None:
-        self._loop = loop
-        self._start = time.monotonic()
-        self._told = 0.0
-        self._is_terminal = sys.stderr.isatty()
-
-    def show(self, part: float, result: Result, under_way: int = 0) -> None:
-        part = min(part, 1.0)
-        if not self._is_terminal:
-            if part < self._told + self.STEP and (part < 1 or self._told >= 1):
-                return
-            self._told = part
-        done = result.connections + under_way
-        rate = done / max(time.monotonic() - self._start, 0.001)
-        bar = "#" * int(part * self.WIDTH)
-        text = (
-            f"{self._loop:8}[{bar:{self.WIDTH}}] {part:4.0%} {done:>9,} connections, "
-            f"{rate:6,.0f} a second, {result.disagreements()} disagreements"
-        )
-        end = "" if self._is_terminal else "\n"
-        start = "\r" if self._is_terminal else ""
-        print(start + text, end=end, file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self._is_terminal:
-            print(file=sys.stderr)
 
 
 class Soak:
@@ -113,7 +81,7 @@ class Soak:
             listeners = [sock.fileno() for sock in self._link.listeners.values()]
             tuns = self._link.server_tun, self._link.peer_tun
             self._relay = stack.enter_context(
-                Process("link", self._seed, *tuns, cores=OTHER_CORES, keep=tuns)
+                Process("relay", self._seed, *tuns, cores=OTHER_CORES, keep=tuns)
             )
         self._server = stack.enter_context(
             Process(

@@ -28,16 +28,10 @@ from outcome import Error
 
 from anyio_rst import Connection, Drain, Server, serve_tcp
 
-from .plans import (
-    DRAIN_TIMEOUT,
-    NATIVE_WAYS,
-    REQUEST,
-    REQUEST_TIMEOUT,
-    TRIO_WAYS,
-    Way,
-)
+from .plans import DRAIN_TIMEOUT, NATIVE_WAYS, REQUEST_TIMEOUT, TRIO_WAYS, Way
 from .scopes import Scopes
 from .tls import LOOPBACK_ADDRESS, server_context
+from .wire import REQUEST
 from .works import WORKS, Finished, Request
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import trustme
 
-from .plans import KIB, SERVER_ADDRESS
+from .plans import KIB
+from .wire import SERVER_ADDRESS
 
 if TYPE_CHECKING:
     import socket

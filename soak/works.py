@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, cast
 import anyio
 from anyio import move_on_after, sleep, sleep_forever
 
-from .plans import PATTERN, REQUEST, Work
-from .plans import place as place_of
+from .plans import Work
+from .wire import PATTERN, REQUEST
+from .wire import place as place_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from soak import link, report  # noqa: E402
-from soak.judge import Arrived, Ended, Flow, Seen, Verdict, judge  # noqa: E402
+from soak.judge import Verdict, judge  # noqa: E402
 from soak.matching import Endings  # noqa: E402
 from soak.plans import (  # noqa: E402
     DRAIN_TIMEOUT,
@@ -31,6 +31,7 @@ from soak.plans import (  # noqa: E402
     plans,
 )
 from soak.receiver import FIN, RST, SYN, Receiver  # noqa: E402
+from soak.records import Arrived, Ended, Flow, Seen  # noqa: E402
 from soak.report import Result, Sample  # noqa: E402
 from soak.tls import (  # noqa: E402
     LOOPBACK_ADDRESS,
