@@ -37,8 +37,9 @@ def place(number: int) -> int:
 # Addresses. Each connection has one of its own, so that it can be told from all others
 # even if its id never arrives. They are used again only when all others have been, many
 # minutes later. Not the ports below 1024, nor, on loopback, those that the kernel gives
-# to other programs.
-LOOPBACK_PORTS = range(10_000, 32_000)
+# to other programs, nor those of the programs that the tests run (below 20,000): while a
+# peer has one, nobody can listen there.
+LOOPBACK_PORTS = range(20_000, 32_000)
 LINK_PORTS = range(2_000, 50_000)
 # The link drops everything of these from some moment on; the moment is the remainder.
 VANISHING_PORTS = range(50_001, 65_001)

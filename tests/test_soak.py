@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_readme import free_port
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
@@ -40,6 +41,7 @@ from soak.tls import (  # noqa: E402
     peer_context,
     server_context,
 )
+from soak.wire import LOOPBACK_PORTS  # noqa: E402
 
 CONNECTIONS = 400
 
@@ -256,6 +258,11 @@ def test_each_share_has_its_ways_and_tls_only_what_it_can() -> None:
             ways[plan.way] += 1
     assert set(ways) == set(Way)
     assert sum(share.part for share in SHARES) == pytest.approx(1)
+
+
+def test_no_peer_has_the_port_of_another_test_s_program() -> None:
+    """Which could not listen there, while the soak runs in another worker of pytest's."""
+    assert free_port() not in LOOPBACK_PORTS
 
 
 @pytest.mark.parametrize("old", [False, True])
