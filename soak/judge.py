@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-from .plans import Manner, Way, Work
+from .plans import DRAIN_TIMEOUT, Manner, Way, Work
 
 if TYPE_CHECKING:
     from .records import Ended, Flow, Seen
@@ -21,16 +21,26 @@ class Verdict(enum.Enum):
     VANISHED = "the peer had vanished on the link"
     PEER_TOO_LATE = "the peer reset after the limit of the drain"
     CUT_OFF = "FIN, and then cut off at the limit of the drain"
+    KILLED = "the server had been killed"
     DISAGREEMENT = "disagreement"
     LOST_ANSWER = "disagreement, and an answer was lost"
 
 
 WRONG = (Verdict.DISAGREEMENT, Verdict.LOST_ANSWER)
 
+# Kinds of peers that send what no handler reads.
+UPLOADING = ("flooding", "sipping")
+CUT_SHORT = (Work.CUT, Work.CUT_BY_OTHER)
+# Less than this between two sips is progress for the drain. An ACK may be 40 ms late.
+PROGRESS_WITHIN = DRAIN_TIMEOUT - 0.1
+
 EXPECTED = {
     Work.ANSWER: ("FIN", "RETURNED"),
     Work.PIECES: ("FIN", "RETURNED"),
     Work.CLOSE: ("FIN", "CLOSED"),
+    Work.SHIELDED: ("FIN", "CLOSED"),
+    Work.CUT: ("FIN", "CLOSED"),
+    Work.CUT_BY_OTHER: ("FIN", "CLOSED"),
     Work.FINISH_ON: ("FIN", "FINISH_ON"),
     Work.GROUP: ("FIN", "RETURNED"),
     Work.EOF: ("FIN", "RETURNED"),
@@ -38,11 +48,14 @@ EXPECTED = {
     Work.RAISE: ("RST", "RAISED"),
     Work.READ_ALL_RAISE: ("RST", "RAISED"),
     Work.CANCEL: ("RST", "CANCELLED"),
+    Work.GIVE_UP: ("RST", "CANCELLED"),
+    Work.FORCEFULLY: ("RST", "CANCELLED"),
     Work.GROUP_FAIL: ("RST", "GROUP_FAILED"),
     Work.ABORT: ("RST", "ABORTED"),
     Work.TORN: ("RST", "TORN_SEND"),
     Work.EOF_RAISE: ("RST", "RAISED"),
     Work.WAIT: ("RST", "RAISED"),
+    Work.HOLD: ("RST", "RAISED"),
 }
 TIMED_OUT = ("RST", "RAISED", "TimeoutError")
 
@@ -53,12 +66,40 @@ class Disagreement(Exception):
         self.verdict = verdict
 
 
-def judge(seen: Seen, ended: Ended | None, flow: Flow | None) -> tuple[Verdict, str]:
-    """One connection; *flow* if it went across the link. With what is wrong, if it is."""
+def judge(
+    seen: Seen, ended: Ended | None, flow: Flow | None, *, killed: bool = False
+) -> tuple[Verdict, str]:
+    """One connection; *flow* if it went across the link. With what is wrong, if it is.
+
+    *killed* if its server has been, after it had accepted the connection, and while a
+    forked child of it lived on.
+    """
     try:
+        if killed and ended is None:
+            return _killed(seen), ""
         return _judge(seen, ended, flow), ""
     except Disagreement as disagreement:
         return disagreement.verdict, str(disagreement)
+
+
+def _killed(seen: Seen) -> Verdict:
+    """The end is the kernel's: an RST, unless the FIN was out, or at least queued."""
+    _check(seen.connected, "no connection")
+    _check(not seen.wrong, "the answer has wrong bytes, or too many")
+    _check(seen.close != "NONE", "the server is dead, and its peer does not know")
+    whole = seen.received == seen.size
+    if seen.close == "FIN":
+        if not whole:
+            raise Disagreement("FIN, and not all of the answer", Verdict.LOST_ANSWER)
+        kind, _ = EXPECTED[Work(seen.work)]
+        _check(kind == "FIN" or seen.work == Work.EOF_RAISE, "FIN of work that failed")
+        _check(
+            seen.close_notify == Way(seen.way).is_tls,
+            "FIN, and no close_notify before it",
+        )
+    elif seen.close_notify and not whole:
+        raise Disagreement("a close_notify, and not all of the answer")
+    return Verdict.KILLED
 
 
 def _judge(seen: Seen, ended: Ended | None, flow: Flow | None) -> Verdict:
@@ -76,6 +117,7 @@ def _judge(seen: Seen, ended: Ended | None, flow: Flow | None) -> Verdict:
         _check(seen.received == 0, "an answer to a request that did not arrive")
     else:
         _check(ended.number == seen.number, "the Ending of another connection")
+    _check(ended.error != "AssertionError", "the handler has not found what it should")
     _check_close_notify(seen, ended)
     _check_cause(seen, ended, flow)
     _check_counts(seen, ended)
@@ -134,18 +176,21 @@ def _check_cause(seen: Seen, ended: Ended, flow: Flow | None) -> None:
 
 def _check_counts(seen: Seen, ended: Ended) -> None:
     way = Way(seen.way)
-    if way.is_tls or (way.may_read_ahead and seen.kind == "flooding"):
+    if way.is_tls or (way.may_read_ahead and seen.kind in UPLOADING):
         # Nobody counts what has been read ahead, and TLS reads whole records.
         _check(ended.discarded <= seen.sent, "discarded more than was sent")
-    elif ended.kind == "FIN" and ended.peer == "FIN" and seen.kind == "flooding":
+    elif ended.kind == "FIN" and ended.peer == "FIN" and seen.kind in UPLOADING:
         # The handler has read the request and nothing else.
         _check(ended.discarded == seen.sent, f"discarded is not the {seen.sent} sent")
-    elif seen.kind != "flooding":
+    elif seen.kind not in UPLOADING:
         _check(ended.discarded == 0, "discarded what was never sent")
     else:
         _check(ended.discarded <= seen.sent, "discarded more than was sent")
     if ended.kind == "FIN" and ended.peer == "NONE":
-        _check(ended.waited_in_vain, "the drain was over before the limit")
+        if seen.work in CUT_SHORT:
+            _check(not ended.waited_in_vain, "the drain was not cut short")
+        else:
+            _check(ended.waited_in_vain, "the drain was over before the limit")
     if ended.kind == ended.peer == "FIN" and seen.kind != "half-closing":
         # The peer's FIN came after it had seen ours.
         _check(ended.unacknowledged == 0, "unacknowledged, but the peer saw the FIN")
@@ -179,6 +224,8 @@ def _after_fin(seen: Seen, ended: Ended) -> Verdict:
             raise Disagreement("FIN, and not all of the answer", Verdict.LOST_ANSWER)
         return Verdict.AGREED
     cut_off = ended.peer == "NONE" and seen.sent > ended.discarded
+    if seen.kind == "sipping" and not seen.lossy and seen.pause < PROGRESS_WITHIN:
+        cut_off = False  # a slow reader that goes on has all the time that it takes
     if seen.close == "RST" and cut_off:
         return Verdict.CUT_OFF
     raise Disagreement(f"FIN, and the peer saw {seen.close}", Verdict.LOST_ANSWER)

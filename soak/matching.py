@@ -1,15 +1,29 @@
-"""Which `Ending` belongs to which peer."""
+"""Which `Ending` belongs to which peer, and whether they agree."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING
+import sys
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+from .judge import WRONG, Verdict, judge
+from .plans import NATIVE_WAYS, Way
+from .records import Ended, Flow, Seen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from .records import Ended, Seen
+    from .processes import Lines
     from .report import Result
+
+SHOWN = 5  # connections of each way that went wrong
+
+EXPECTED_RECORDS = (
+    "ERROR a handler failed",
+    "ERROR accept: ",
+    "INFO the peer went away",
+    "INFO %s: %r",  # a TLS handshake that failed
+)
 
 
 class Endings:
@@ -53,3 +67,54 @@ class Endings:
         yield from self._by_number.values()
         for nameless in self._nameless.values():
             yield from nameless
+
+
+class Matching:
+    """Of both sides of a run's connections, and of the sums that the server has kept."""
+
+    def __init__(self, result: Result) -> None:
+        self._result = result
+        self._native_endings: Counter[str] = Counter()
+
+    def match(
+        self, ended_lines: Lines, seen_lines: Sequence[Lines], flows: Mapping[int, Flow]
+    ) -> None:
+        """The new lines."""
+        result = self._result
+        ends = Endings(result)
+        for line in ended_lines.new():
+            ended = Ended(*line)
+            ends.add(ended)
+            if Way(ended.way) in NATIVE_WAYS:
+                self._native_endings[ended.kind] += 1
+        for lines in seen_lines:
+            for line in lines.new():
+                seen = Seen(*line)
+                passed = flows.get(seen.port) if seen.lossy else None
+                self._add(seen, ends.pop(seen), passed)
+        result.faults += [f"an Ending of no connection: {e}" for e in ends.left()]
+
+    def _add(self, seen: Seen, ended: Ended | None, passed: Flow | None) -> None:
+        result = self._result
+        verdict, reason = judge(seen, ended, passed)
+        result.add(seen, verdict)
+        if ended is not None and seen.kind == "sipping" and verdict is Verdict.AGREED:
+            result.sipped += not seen.lossy
+            result.outlasted += not seen.lossy and ended.waited_in_vain
+        of_its_way = sum(result.ways[seen.way][wrong.name] for wrong in WRONG)
+        if verdict in WRONG and of_its_way <= SHOWN:
+            self.show(f"{seen.way}: {reason}: {seen}, {ended}, {passed}")
+
+    def show(self, wrong: str) -> None:
+        self._result.wrong.append(wrong)
+        print(f"\n{wrong}", file=sys.stderr, flush=True)
+
+    def check_totals(self, sample: Mapping[str, Any]) -> None:
+        """What the server says of itself at last."""
+        faults = self._result.faults
+        kinds = {kind: count for kind, count in sample["kinds"].items() if count}
+        if kinds != self._native_endings:
+            faults.append(f"statistics() has {kinds}, and not {self._native_endings}")
+        for record in sample["records"]:
+            if not record.startswith(EXPECTED_RECORDS):
+                faults.append(f"in the log: {record}")

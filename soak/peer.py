@@ -6,13 +6,16 @@ import errno
 import json
 import os
 import socket
-import ssl
 import struct
 import sys
+import time
 from contextlib import suppress
+from fcntl import ioctl
+from termios import FIONREAD
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from .plans import DRAIN_TIMEOUT, KIB, Manner, Plan, Work
+from .plans import DRAIN_TIMEOUT, KIB, SIP, SIP_EVERY, Manner, Plan, Work
+from .records import name_of
 from .wire import FLOOD, PATTERN, REQUEST, request
 from .wire import place as place_of
 
@@ -28,7 +31,6 @@ PARKED = -1.0  # until there is nothing left to wait for
 
 RECEIVE_SIZE = 256 * KIB
 LINGER_RESET = struct.pack("ii", 1, 0)
-GONE = (errno.ECONNRESET, errno.EPIPE)
 
 
 class Peer:
@@ -54,6 +56,7 @@ class Peer:
         self.received = 0
         self.sent = 0  # behind the request
         self.wrong = False
+        self.pause = 0.0
         self.sleeping = self.parked = False
         self._place = place_of(plan.number)
 
@@ -75,8 +78,18 @@ class Peer:
             self.sent if tls is None else tls.sent - self._before_upload,
             self.wrong,
             tls is not None and tls.close_notify,
+            self.pause,
+            self._left(),
         )
         return json.dumps(fields) + "\n"
+
+    def _left(self) -> str:
+        """What its kernel knows of a connection whose end was not seen."""
+        if self.close != "NONE" or self.sock.fileno() == -1:
+            return ""
+        state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        (unread,) = struct.unpack("i", ioctl(self.sock, FIONREAD, b"\0" * 4))
+        return f"state {state}, {unread} bytes unread"
 
     # How the kinds of peers behave.
 
@@ -93,6 +106,20 @@ class Peer:
             if self._read(4 * KIB):
                 return
         yield from self._read_to_end()
+
+    def sipping(self) -> Steps:
+        """What it sends would be answered by an RST, once the server has closed."""
+        yield from self._send(request(self.plan))
+        before = time.monotonic()
+        while True:
+            yield SIP_EVERY
+            ended = self._sip()
+            now = time.monotonic()
+            self.pause = max(self.pause, now - before)
+            before = now
+            if ended:
+                return
+            self.sent += self._wire.send(b".")
 
     def failing(self) -> Steps:
         yield from self._send(request(self.plan))
@@ -173,6 +200,8 @@ class Peer:
         "good": good,
         "failing": failing,
         "slow": slow,
+        "sipping": sipping,
+        "holding": good,
         "flooding": flooding,
         "half-closing": half_closing,
         "resetting": resetting,
@@ -241,6 +270,15 @@ class Peer:
             self.wrong = True
         return False
 
+    def _sip(self) -> bool:
+        """True at the end."""
+        before, at_most = -1, self.received + SIP
+        while before < self.received < at_most:
+            before = self.received
+            if self._read(at_most - before):
+                return True
+        return False
+
     def _read_to_end(self, at_most: int = sys.maxsize) -> Steps:
         while self.received < at_most:
             before = self.received
@@ -259,12 +297,3 @@ class Peer:
             yield from self._read_to_end()
             if exc.errno != errno.EPIPE:
                 self.close = name_of(exc)
-
-
-def name_of(exc: OSError) -> str:
-    """Of how a connection has ended."""
-    if isinstance(exc, ssl.SSLError):  # its number is one of OpenSSL's
-        return f"SSL: {exc.reason}"
-    if exc.errno in GONE:
-        return "RST"
-    return errno.errorcode.get(exc.errno or 0, str(exc))

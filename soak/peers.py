@@ -8,8 +8,8 @@ certificate.
 
 Commands come on the standard input. `round FIRST COUNT` runs that many connections.
 `settled N` is the answer when all have begun, N of them with success, and all that can
-end without further ado have ended; the others wait for `finish`, read what there is, and
-then it is `over`.
+end without further ado have ended; the others wait for `finish`, read what there is, if
+need be for as many seconds as are given with it, and then it is `over`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import link
-from .peer import PARKED, Peer, name_of
+from .peer import PARKED, Peer
 from .plans import ENDLESS, KIB, SHARES, Manner, Way, plans
+from .processes import die_with_parent
+from .records import name_of
 from .tls import LOOPBACK_ADDRESS, TLSSocket, peer_context
 from .wire import (
     LINK_PORTS,
@@ -47,8 +49,8 @@ if TYPE_CHECKING:
 LOOPBACK_AT_ONCE = 128
 LINK_AT_ONCE = 600
 PATIENCE = 60.0  # seconds; a peer that has not seen an end by then sees none
-# The same behind `finish`. Across the link all has arrived then.
-FINISH_LOOPBACK, FINISH_LINK = 20.0, 0.5
+FINISH = 20.0  # the same behind `finish`
+SMALL_BUFFERS = ("slow", "sipping")
 REPORT_EVERY = 20  # connections
 EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 
@@ -65,7 +67,8 @@ class Peers:
             for way, weight in SHARES[share].ways.items()
             if way in self._ports
         }
-        self._lossy = lossy = SHARES[share].lossy
+        self._share = SHARES[share]
+        self._lossy = lossy = self._share.lossy
         self._contexts = {old: peer_context(trust, old=old) for old in (False, True)}
         self._host = SERVER_ADDRESS if lossy else LOOPBACK_ADDRESS
         self._ordinary = (
@@ -99,7 +102,7 @@ class Peers:
         return bool(arrived)
 
     def _round(self, first: int, count: int) -> None:
-        self._to_come = plans(first, count, self._seed, self._ways, lossy=self._lossy)
+        self._to_come = plans(first, count, self._seed, self._share, self._ways)
         self._all_begun = False
         self._open: dict[int, Peer] = {}  # by descriptor
         self._timers: list[tuple[float, int, Peer]] = []
@@ -134,16 +137,17 @@ class Peers:
                     if finishing or not peer.parked:
                         self._end(peer)
                 deadline = now + PATIENCE
-            if self._commands and self._commands[0] == ["finish"]:
-                self._commands.popleft()
+            if self._commands and self._commands[0][0] == "finish":
+                _, *patience = self._commands.popleft()
                 finishing = True
-                deadline = now + (FINISH_LINK if self._lossy else FINISH_LOOPBACK)
+                deadline = now + (float(patience[0]) if patience else FINISH)
                 for peer in list(self._open.values()):
                     self._step(peer)
         if not settled:
             say(f"settled {self._connected}")
         while not finishing:
-            if self._wait_for_command() != ["finish"]:
+            command = self._wait_for_command()
+            if command is None or command[0] != "finish":
                 raise SystemExit
             finishing = True
         self._lines.flush()
@@ -164,7 +168,7 @@ class Peers:
             return
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         # Not across the link, which could not tell what the peer's TCP has taken.
-        if not plan.lossy and (plan.kind == "slow" or plan.size == ENDLESS):
+        if not plan.lossy and (plan.kind in SMALL_BUFFERS or plan.size == ENDLESS):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * KIB)
         addresses = self._ordinary
         if plan.lossy and plan.kind == "vanishing":
@@ -215,8 +219,8 @@ class Peers:
         del self._open[peer.sock.fileno()]
         peer.sleeping = False
         peer.say_goodbye()
-        peer.sock.close()
         self._lines.write(peer.line())
+        peer.sock.close()
         self._done += 1
         if self._done % REPORT_EVERY == 0:
             say(f"done {REPORT_EVERY}")
@@ -261,6 +265,7 @@ def main(
     share: str,
     namespace: str | None = None,
 ) -> None:
+    die_with_parent()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if namespace is not None:

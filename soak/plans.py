@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 DRAIN_TIMEOUT = 1.0
 REQUEST_TIMEOUT = 3.0
 WORK_TIMEOUT = 60.0
+CUT_AFTER = 0.05  # an aclose() whose cancellation is planned
+SIP_EVERY = 0.3  # for readers that are slow, and go on
 VANISHED_TIMEOUT = 1.5  # for the work of a peer that is going to disappear
 LOST_TIMEOUT = 3.0  # for that of one whose RST may be lost
 
 KIB = 1024
 # More than a send buffer and the peer's receive buffer can hold: tcp_wmem and tcp_rmem.
 ENDLESS = 12 * 2**20
+# A sipping peer takes several times the drain's limit, and all fits into a send buffer.
+SIP = 8 * KIB
+SIPPED = 8, 12  # sips, on loopback
 
 
 class Way(enum.Enum):
@@ -65,16 +70,22 @@ class Work(enum.IntEnum):
     CLOSE = enum.auto()  # send the answer, aclose(), and raise
     FINISH_ON = enum.auto()  # send the answer, and raise what is a clean end
     GROUP = enum.auto()  # send the answer in a task group, and stop its other child
+    SHIELDED = enum.auto()  # send the answer, and aclose() under a shield, cancelled
+    CUT = enum.auto()  # send the answer, and aclose(), cancelled while it drains
+    CUT_BY_OTHER = enum.auto()  # the same, by the aclose() of another that is cancelled
     EOF = enum.auto()  # send the answer, send_eof(), read to the end, and return
     READ_ALL = enum.auto()  # read to the end, send the answer, and return
     RAISE = enum.auto()  # send half of the answer, and raise
     READ_ALL_RAISE = enum.auto()  # read to the end, send half, and raise
     CANCEL = enum.auto()  # send half, and be cancelled by a timeout
+    GIVE_UP = enum.auto()  # the same, and aclose() on the way out
+    FORCEFULLY = enum.auto()  # send half, and anyio.aclose_forcefully()
     GROUP_FAIL = enum.auto()  # send half, and have a child fail
     ABORT = enum.auto()  # send half, and abort()
     TORN = enum.auto()  # return after a send() that was cancelled in the middle
     EOF_RAISE = enum.auto()  # send the answer, send_eof(), and raise
     WAIT = enum.auto()  # read on
+    HOLD = enum.auto()  # send half, and wait for the end of the process
 
 
 class Manner(enum.Enum):
@@ -91,6 +102,30 @@ class Manner(enum.Enum):
     AFTER_END = "after the FIN"
 
 
+# In a hundred.
+KINDS = {
+    "good": 38,
+    "failing": 20,
+    "slow": 6,
+    "sipping": 2,
+    "flooding": 10,
+    "half-closing": 10,
+    "resetting": 10,
+    "vanishing": 4,
+}
+
+# The peers of a server that is going to be killed; all of them at once.
+KILLED_KINDS = {
+    "holding": 4,
+    "good": 2,
+    "failing": 1,
+    "slow": 2,
+    "sipping": 4,
+    "flooding": 2,
+    "half-closing": 1,
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Share:
     """Peers that go about it at the same time, in a process of their own."""
@@ -100,35 +135,39 @@ class Share:
     ways: Mapping[Way, int]
     """How often, in comparison; a loop may not have all of them."""
     lossy: bool = False
+    kinds: Mapping[str, int] = field(default_factory=KINDS.copy)
 
 
 NATIVE_SHARE = Share(0.7, {Way.NATIVE: 6, Way.NATIVE_TLS: 1})
 SCOPES_SHARE = Share(0.2, {way: 1 for way in Way if way.is_scope})
 LOSSY_SHARE = Share(0.1, {Way.NATIVE: 6, Way.NATIVE_TLS: 1}, lossy=True)
-SHARES = (NATIVE_SHARE, SCOPES_SHARE, LOSSY_SHARE)
 
-# In a hundred.
-KINDS = {
-    "good": 40,
-    "failing": 20,
-    "slow": 6,
-    "flooding": 10,
-    "half-closing": 10,
-    "resetting": 10,
-    "vanishing": 4,
-}
+KILLED_SHARE = Share(0, dict.fromkeys(Way, 1), kinds=KILLED_KINDS)
+SHARES = (NATIVE_SHARE, SCOPES_SHARE, LOSSY_SHARE, KILLED_SHARE)
+
 GOOD = (
     *[Work.ANSWER] * 4,
     Work.PIECES,
     Work.CLOSE,
     Work.FINISH_ON,
     Work.GROUP,
+    Work.SHIELDED,
     Work.EOF,
 )
+SLOW = (
+    (Manner.PLAIN, Work.ANSWER),
+    (Manner.PLAIN, Work.ANSWER),
+    (Manner.LATE, Work.ANSWER),
+    (Manner.LATE, Work.CUT),
+    (Manner.LATE, Work.CUT_BY_OTHER),
+)
+SIPPING = (Work.ANSWER, Work.CLOSE, Work.FINISH_ON, Work.SHIELDED)
 # The last needs an answer larger than what the lossy link should carry.
 FAILING = (
     Work.RAISE,
     Work.CANCEL,
+    Work.GIVE_UP,
+    Work.FORCEFULLY,
     Work.GROUP_FAIL,
     Work.ABORT,
     Work.EOF_RAISE,
@@ -196,14 +235,18 @@ class Plan:
 
 
 def plans(
-    first: int, count: int, seed: int, ways: Mapping[Way, int], *, lossy: bool
+    first: int, count: int, seed: int, share: Share, ways: Mapping[Way, int]
 ) -> Iterator[Plan]:
-    """Those of *count* connections, numbered from *first* on."""
+    """Those of *count* connections, numbered from *first* on.
+
+    *ways* are those of the *share* that there are.
+    """
+    lossy = share.lossy
     rng = random.Random(f"{seed} {first} {lossy}")
     # Apart from the others, so that all loops have the same plans but for the ways.
     of_ways = random.Random(f"{seed} {first} ways")
     chosen_ways = of_ways.choices(tuple(ways), tuple(ways.values()), k=count)
-    kinds, weights = tuple(KINDS), tuple(KINDS.values())
+    kinds, weights = tuple(share.kinds), tuple(share.kinds.values())
     chosen = rng.choices(kinds, weights, k=count)
     for number, (kind, way) in enumerate(zip(chosen, chosen_ways, strict=True), first):
         if lossy and kind == "vanishing":
@@ -226,8 +269,13 @@ def _plan(number: int, kind: str, way: Way, rng: random.Random, *, lossy: bool) 
         work = rng.choice(FAILING[:-1] if lossy else FAILING)
         size = ENDLESS if work is Work.TORN else size
     elif kind == "slow":
-        manner = rng.choice((Manner.PLAIN, Manner.PLAIN, Manner.PLAIN, Manner.LATE))
+        manner, work = rng.choice(SLOW)
         size = rng.randint(16, 32 if lossy else 64) * KIB
+    elif kind == "sipping":
+        work = rng.choice(SIPPING)
+        size = SIP if lossy else rng.randint(*SIPPED) * SIP
+    elif kind == "holding":
+        work = Work.HOLD
     elif kind == "flooding":
         work = rng.choice(FLOODING)
         manner = rng.choice(FLOODING_MANNERS)

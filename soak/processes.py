@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +32,14 @@ class Stuck(Exception):
     """Something does not come to its end."""
 
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """In a process that may be stopped, and then does not see that its input ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Process:
     def __init__(
         self, module: str, *arguments: object, cores: list[int], keep: Sequence[int] = ()
@@ -48,6 +58,15 @@ class Process:
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         os.sched_setaffinity(self._process.pid, cores)
         self._read = b""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Until it is dead."""
+        self._process.kill()
+        self._process.wait()
 
     def fileno(self) -> int:
         return self._stdout.fileno()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import ssl
 from typing import TYPE_CHECKING, NamedTuple
 
 from .plans import DRAIN_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+GONE = (errno.ECONNRESET, errno.EPIPE)
 
 
 class Seen(NamedTuple):
@@ -31,6 +35,10 @@ class Seen(NamedTuple):
     wrong: bool
     close_notify: bool
     """Over TLS: whether one came."""
+    pause: float
+    """Of a sipping peer: the longest time between two of its sips, in seconds."""
+    left: str
+    """If it saw no end: what its kernel knew of the connection at last."""
 
 
 class Ended(NamedTuple):
@@ -89,3 +97,12 @@ class Flow(NamedTuple):
 def flow(record: tuple[Sequence[int], Sequence[int], Sequence[str]]) -> Flow:
     peer, server, trace = record
     return Flow(Arrived(*peer), Arrived(*server), trace)
+
+
+def name_of(exc: OSError) -> str:
+    """For `Seen.close`."""
+    if isinstance(exc, ssl.SSLError):  # its number is one of OpenSSL's
+        return f"SSL: {exc.reason}"
+    if exc.errno in GONE:
+        return "RST"
+    return errno.errorcode.get(exc.errno or 0, str(exc))

@@ -26,7 +26,9 @@ RSS_GROWTH = 0.10
 BLOCKS_GROWTH = 0.05
 
 SEEN = ("FIN", "RST", "NONE", "RESET")
-EXPLAINED = [v for v in Verdict if v is not Verdict.AGREED and v not in WRONG]
+EXPLAINED = [
+    v for v in Verdict if v not in (Verdict.AGREED, Verdict.KILLED) and v not in WRONG
+]
 
 
 @dataclass
@@ -52,6 +54,17 @@ class Result:
     endings: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
+    sipped: int = 0
+    """Slow readers over loopback that got all."""
+    outlasted: int = 0
+    """Of these, drains that took longer than the limit."""
+    stops: int = 0
+    stopped: float = 0.0
+    """Seconds, of all stops."""
+    forks: int = 0
+    deaths: int = 0
+    killed: Counter[str] = field(default_factory=Counter)
+    """The verdicts on the connections of servers that were killed."""
     episodes: int = 0
     accept_failures: int = 0
     link: Counter[str] = field(default_factory=Counter)
@@ -70,7 +83,7 @@ class Result:
         self.ways.setdefault(seen.way, Counter())[verdict.name] += 1
 
     def disagreements(self) -> int:
-        return number_wrong(self.verdicts)
+        return number_wrong(self.verdicts) + number_wrong(self.killed)
 
     def quarters(self, name: str) -> tuple[float, float]:
         """The means of the first and of the last quarter, without the warm-up."""
@@ -108,8 +121,8 @@ class Result:
         result.samples = [Sample(**sample) for sample in stored["samples"]]
         result.seen = {kind: Counter(seen) for kind, seen in stored["seen"].items()}
         result.ways = {way: Counter(found) for way, found in stored["ways"].items()}
-        for name in ("endings", "causes", "verdicts", "link"):
-            setattr(result, name, Counter(stored[name]))
+        for name in ("endings", "causes", "verdicts", "killed", "link"):
+            setattr(result, name, Counter(stored.get(name, ())))
         return result
 
 
@@ -164,11 +177,24 @@ def summary(results: list[Result]) -> str:
         ("**disagreements**", [f"{r.disagreements():,}" for r in results]),
         (
             "**lost answers**",
-            [f"{r.verdicts[Verdict.LOST_ANSWER.name]:,}" for r in results],
+            [f"{(r.verdicts + r.killed)[Verdict.LOST_ANSWER.name]:,}" for r in results],
         ),
         *(
             (f"explained: {v.value}", [f"{r.verdicts[v.name]:,}" for r in results])
             for v in EXPLAINED
+        ),
+        ("sipping readers that got all", [f"{r.sipped:,}" for r in results]),
+        (
+            "of them longer than the limit of the drain",
+            [f"{r.outlasted:,}" for r in results],
+        ),
+        ("stops of the peers' processes", [f"{r.stops:,}" for r in results]),
+        ("forks of the server", [f"{r.forks:,}" for r in results]),
+        ("servers killed while a forked child lived", [f"{r.deaths:,}" for r in results]),
+        ("their connections", [f"{r.killed.total():,}" for r in results]),
+        (
+            "of them ended by the death",
+            [f"{r.killed[Verdict.KILLED.name]:,}" for r in results],
         ),
         ("EMFILE episodes", [f"{r.episodes:,}" for r in results]),
         ("accepts that failed in them", [f"{r.accept_failures:,}" for r in results]),

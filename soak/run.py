@@ -1,24 +1,24 @@
-"""One loop's soak: the rounds, and the matching of both sides."""
+"""One loop's soak: its processes, and the rounds."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import select
-import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import link
-from .judge import WRONG, judge
-from .matching import Endings
-from .plans import NATIVE_SHARE, NATIVE_WAYS, SCOPES_SHARE, SHARES, Share, Way
+from .deaths import die
+from .disturbances import Disturbances
+from .matching import SHOWN, Matching
+from .plans import KILLED_SHARE, NATIVE_SHARE, SCOPES_SHARE, SHARES, Share
 from .processes import OTHER_CORES, PATIENCE, POLL, SERVER_CORES, Lines, Process, Stuck
 from .progress import Progress
-from .records import Ended, Flow, Seen, flow
+from .records import Flow, flow
 from .report import Result, Sample
 from .tls import make_certificate
 
@@ -32,14 +32,7 @@ ROUNDS = 10
 LEAST_PER_ROUND, MOST_PER_ROUND = 400, 20_000
 STARVED_ACCEPTS = 3  # that fail in an episode: 200 ms
 STARVE_AT = 0.1  # of a round's connections that have ended
-SHOWN = 5  # connections of each way that went wrong
-
-EXPECTED_RECORDS = (
-    "ERROR a handler failed",
-    "ERROR accept: ",
-    "INFO the peer went away",
-    "INFO %s: %r",  # a TLS handshake that failed
-)
+FINISH_LINK = 0.5  # seconds to read what there is; all has arrived then
 
 
 class Soak:
@@ -48,6 +41,7 @@ class Soak:
     def __init__(self, loop: str, seed: int, *, with_link: bool) -> None:
         self.result = Result(loop)
         self._seed = seed
+        self._rng = random.Random(f"{seed} {loop} disturbances")
         self._link: link.Link | None = None
         self._relay: Process | None = None
         self._progress = Progress(loop)
@@ -56,7 +50,7 @@ class Soak:
         )  # of so many, or of the time
         self._started = 0
         self._expected_endings = 0
-        self._native_endings: Counter[str] = Counter()
+        self._matching = Matching(self.result)
         self._peers: dict[Share, Process] = {}
         self._seen: list[Lines] = []
         with contextlib.ExitStack() as stack:
@@ -73,7 +67,7 @@ class Soak:
         with_link: bool,
     ) -> None:
         endings = directory / "endings"
-        certificate, trust = make_certificate(directory)
+        certificate, trust = self._certificate = make_certificate(directory)
         listeners: list[int] = []
         if with_link:
             self._link = link.Link()
@@ -98,7 +92,7 @@ class Soak:
         self._endings = Lines(endings)
         stack.callback(self._endings.close)
         for place, share in enumerate(SHARES):
-            if share.lossy and self._link is None:
+            if share is KILLED_SHARE or (share.lossy and self._link is None):
                 continue
             path = directory / f"seen-{place}"
             self._seen.append(Lines(path))
@@ -150,12 +144,16 @@ class Soak:
             self._round(count)
             self.result.seconds = elapsed()
         self._progress.show(1.0, self.result)
-        self._check_totals()
+        self._matching.check_totals(self._last)
+        self._check_events()
 
     def _round(self, count: int) -> None:
         parts = {share: int(count * share.part) for share in self._peers}
         parts[NATIVE_SHARE] += count - sum(parts.values())
-        self._until_settled(count, parts)
+        with Disturbances(
+            self._rng, self._server, self._peers.values(), self.result
+        ) as disturbances:
+            self._until_settled(count, parts, disturbances)
         self._until_quiet()
         flows: dict[int, Flow] = {}
         if self._relay is not None:
@@ -163,17 +161,29 @@ class Soak:
             flows = {int(port): flow(record) for port, record in found["flows"].items()}
             self.result.link.clear()
             self.result.link.update(found["totals"])
-        for peers in self._peers.values():
-            peers.tell("finish")
+        for share, peers in self._peers.items():
+            peers.tell("finish", *([FINISH_LINK] if share.lossy else []))
         self._until_over()
         self._sample()
-        self._match(flows)
+        self._matching.match(self._endings, self._seen, flows)
+        self._die()
+
+    def _die(self) -> None:
+        """Have another server be killed, once a round."""
+        result = self.result
+        for shown, wrong in enumerate(
+            die(result.loop, self._seed, result.deaths, *self._certificate, result)
+        ):
+            if shown < SHOWN:
+                self._matching.show(wrong)
 
     def _begin(self, share: Share, part: int) -> None:
         self._peers[share].tell("round", self._started, part)
         self._started += part
 
-    def _until_settled(self, count: int, parts: dict[Share, int]) -> None:
+    def _until_settled(
+        self, count: int, parts: dict[Share, int], disturbances: Disturbances
+    ) -> None:
         """Run the peers until all have begun, and count those over loopback.
 
         The scopes wait until the server has its descriptors again: the listeners that
@@ -188,8 +198,10 @@ class Soak:
         until = time.monotonic() + PATIENCE
         while waiting:
             processes = {peers: share for share, peers in waiting.items()}
-            ready = select.select(processes, [], [], until - time.monotonic())[0]
-            if not ready:
+            patience = min(until - time.monotonic(), disturbances.until_next())
+            ready = select.select(processes, [], [], patience)[0]
+            disturbances.step()
+            if not ready and time.monotonic() > until:
                 raise Stuck("the peers do not come to an end")
             for peers in ready:
                 for line in peers.arrived():
@@ -222,7 +234,7 @@ class Soak:
         while time.monotonic() < until:
             status = self._server.ask("status")
             if (
-                status["open"] == 0
+                status["open"] == status["children"] == 0
                 and status["ended"] >= self._expected_endings
                 and (self._link is None or self._link.is_quiet())
             ):
@@ -249,43 +261,15 @@ class Soak:
         names = ("rss", "descriptors", "blocks")
         self.result.samples.append(Sample(**{name: found[name] for name in names}))
 
-    def _match(self, flows: dict[int, Flow]) -> None:
+    def _check_events(self) -> None:
+        """Whether all has happened that is to happen by chance, and nothing else."""
         result = self.result
-        ends = Endings(result)
-        for line in self._endings.new():
-            ended = Ended(*line)
-            ends.add(ended)
-            if Way(ended.way) in NATIVE_WAYS:
-                self._native_endings[ended.kind] += 1
-        for lines in self._seen:
-            for line in lines.new():
-                seen = Seen(*line)
-                passed = flows.get(seen.port) if seen.lossy else None
-                self._add(seen, ends.pop(seen), passed)
-        result.faults += [f"an Ending of no connection: {e}" for e in ends.left()]
-
-    def _add(self, seen: Seen, ended: Ended | None, passed: Flow | None) -> None:
-        result = self.result
-        verdict, reason = judge(seen, ended, passed)
-        result.add(seen, verdict)
-        of_its_way = sum(result.ways[seen.way][wrong.name] for wrong in WRONG)
-        if verdict in WRONG and of_its_way <= SHOWN:
-            wrong = f"{seen.way}: {reason}: {seen}, {ended}, {passed}"
-            result.wrong.append(wrong)
-            print(f"\n{wrong}", file=sys.stderr, flush=True)
-
-    def _check_totals(self) -> None:
-        """The sums that the server and its log have kept."""
-        result, found = self.result, self._last
-        kinds = {kind: count for kind, count in found["kinds"].items() if count}
-        if kinds != self._native_endings:
-            result.faults.append(
-                f"statistics() has {kinds}, and not {self._native_endings}"
-            )
-        for record in found["records"]:
-            if not record.startswith(EXPECTED_RECORDS):
-                result.faults.append(f"in the log: {record}")
         if self._link is not None and (lost := self._link.overflowed()):
             result.faults.append(f"{lost} packets were lost outside of the link")
-        if not result.episodes:
-            result.faults.append("no accept has ever failed with EMFILE")
+        happened = {
+            "no accept has ever failed with EMFILE": result.episodes,
+            "the server has never forked": result.forks,
+            "no peers have ever been stopped": result.stops,
+            "no slow reader has outlasted the drain's limit": result.outlasted,
+        }
+        result.faults += [fault for fault, count in happened.items() if not count]

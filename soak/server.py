@@ -17,6 +17,7 @@ import os
 import resource
 import socket
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ class Soaked:
     def __init__(self, endings: TextIO, context: ssl.SSLContext) -> None:
         self.records = Records()
         self.ended = 0  # on loopback
+        self._children = 0
         self._endings = endings
         self._requests: dict[Connection, Request] = {}
         self.servers: list[Server] = []
@@ -138,11 +140,27 @@ class Soaked:
 
     def status(self) -> dict[str, Any]:
         still_open = sum(len(server.connections) for server in self.servers)
-        return {"open": still_open + self.scopes.open, "ended": self.ended}
+        while self._children and os.waitpid(-1, os.WNOHANG)[0]:
+            self._children -= 1
+        return {
+            "open": still_open + self.scopes.open,
+            "ended": self.ended,
+            "children": self._children,
+        }
+
+    def fork(self, seconds: str) -> dict[str, Any]:
+        """A child that lives for so long, and does nothing."""
+        child = os.fork()
+        if not child:
+            try:
+                time.sleep(float(seconds))
+            finally:
+                os._exit(0)
+        self._children += 1
+        return {"child": child}
 
     def sample(self) -> dict[str, Any]:
         """At rest: what it holds."""
-        self._endings.flush()
         gc.collect()
         # glibc would hold on to what the large answers of TLS took: malloc_trim(3).
         ctypes.CDLL(None).malloc_trim(0)
@@ -185,6 +203,8 @@ class Soaked:
                 command, *arguments = line.decode().split()
                 if command == "starve":
                     reply = await self.starve(int(arguments[0]))
+                elif command == "fork":
+                    reply = self.fork(*arguments)
                 else:
                     reply = {"status": self.status, "sample": self.sample}[command]()
                 say(reply)
@@ -243,7 +263,8 @@ async def serve(
 def main(loop: str, path: str, certificate: str, *descriptors: str) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with Path(path).open("a") as endings:
+    # Line by line: it may be killed.
+    with Path(path).open("a", buffering=1) as endings:
         anyio.run(
             serve,
             endings,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import anyio
-from anyio import move_on_after, sleep, sleep_forever
+from anyio import CancelScope, move_on_after, sleep, sleep_forever
 
-from .plans import Work
+from .plans import CUT_AFTER, Work
 from .wire import PATTERN, REQUEST
 from .wire import place as place_of
 
@@ -46,6 +46,11 @@ async def read_all(conn: Connection, request: Request) -> None:
         raise AssertionError(f"{received} of {request.upload} bytes were uploaded")
 
 
+def check_ended(conn: Connection) -> None:
+    if conn.ending is None:
+        raise AssertionError("aclose() has returned, and the connection is open")
+
+
 async def answer(conn: Connection, request: Request) -> None:
     await conn.send(request.answer)
 
@@ -62,6 +67,40 @@ async def close(conn: Connection, request: Request) -> None:
     request.finished = anyio.current_time()
     await conn.aclose()
     raise Failure
+
+
+async def shielded(conn: Connection, request: Request) -> None:
+    await conn.send(request.answer)
+    request.finished = anyio.current_time()
+    with CancelScope() as cancelled:
+        cancelled.cancel()
+        with CancelScope(shield=True):
+            await conn.aclose()
+
+
+async def cut(conn: Connection, request: Request) -> None:
+    await conn.send(request.answer)
+    request.finished = anyio.current_time()
+    with move_on_after(CUT_AFTER):
+        await conn.aclose()
+    check_ended(conn)
+
+
+async def cut_by_other(conn: Connection, request: Request) -> None:
+    await conn.send(request.answer)
+    request.finished = anyio.current_time()
+    ends: list[object] = []
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(conn.aclose)
+        await sleep(CUT_AFTER)
+        with CancelScope() as cancelled:
+            cancelled.cancel()
+            try:
+                await conn.aclose()
+            finally:
+                ends.append(conn.ending)
+    if ends == [None]:
+        raise AssertionError("the second aclose() has left the connection open")
 
 
 async def finish_on(conn: Connection, request: Request) -> None:
@@ -105,6 +144,22 @@ async def cancel(conn: Connection, request: Request) -> None:
             await sleep_forever()
 
 
+async def give_up(conn: Connection, request: Request) -> None:
+    with move_on_after(0.01):
+        try:
+            await conn.send(request.half)
+            await sleep_forever()
+        finally:
+            await conn.aclose()
+            check_ended(conn)
+
+
+async def forcefully(conn: Connection, request: Request) -> None:
+    await conn.send(request.half)
+    await anyio.aclose_forcefully(conn)
+    check_ended(conn)
+
+
 async def group_fail(conn: Connection, request: Request) -> None:
     async def child() -> None:
         await conn.send(request.half)
@@ -137,10 +192,18 @@ async def wait(conn: Connection, request: Request) -> None:
     await read_all(conn, request)
 
 
+async def hold(conn: Connection, request: Request) -> None:
+    await conn.send(request.half)
+    await sleep_forever()
+
+
 WORKS: dict[Work, Callable[[Connection, Request], Awaitable[None]]] = {
     Work.ANSWER: answer,
     Work.PIECES: pieces,
     Work.CLOSE: close,
+    Work.SHIELDED: shielded,
+    Work.CUT: cut,
+    Work.CUT_BY_OTHER: cut_by_other,
     Work.FINISH_ON: finish_on,
     Work.GROUP: group,
     Work.EOF: eof,
@@ -148,9 +211,12 @@ WORKS: dict[Work, Callable[[Connection, Request], Awaitable[None]]] = {
     Work.RAISE: fail,
     Work.READ_ALL_RAISE: read_all_fail,
     Work.CANCEL: cancel,
+    Work.GIVE_UP: give_up,
+    Work.FORCEFULLY: forcefully,
     Work.GROUP_FAIL: group_fail,
     Work.ABORT: abort,
     Work.TORN: torn,
     Work.EOF_RAISE: eof_fail,
     Work.WAIT: wait,
+    Work.HOLD: hold,
 }

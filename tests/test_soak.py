@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from subprocess import PIPE
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_readme import free_port
@@ -18,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
 from soak import link, report  # noqa: E402
-from soak.judge import Verdict, judge  # noqa: E402
+from soak.deaths import PEERS  # noqa: E402
+from soak.disturbances import FIRST, Disturbances  # noqa: E402
+from soak.judge import WRONG, Verdict, judge  # noqa: E402
 from soak.matching import Endings  # noqa: E402
 from soak.plans import (  # noqa: E402
     DRAIN_TIMEOUT,
@@ -31,6 +37,7 @@ from soak.plans import (  # noqa: E402
     Work,
     plans,
 )
+from soak.processes import Stuck  # noqa: E402
 from soak.receiver import FIN, RST, SYN, Receiver  # noqa: E402
 from soak.records import Arrived, Ended, Flow, Seen  # noqa: E402
 from soak.report import Result, Sample  # noqa: E402
@@ -61,6 +68,8 @@ SEEN = Seen(
     sent=0,
     wrong=False,
     close_notify=False,
+    pause=0.0,
+    left="",
 )
 ENDED = Ended(
     host="127.0.1.1",
@@ -82,6 +91,12 @@ SEEN_RESET = SEEN._replace(kind="resetting", work=Work.WAIT, close="RESET", rece
 ENDED_RESET = ENDED_RST._replace(peer="RST", error="PeerReset")
 SEEN_FLOODING = SEEN._replace(kind="flooding", sent=5000)
 ENDED_FLOODING = ENDED._replace(discarded=5000)
+SEEN_SIPPING = SEEN._replace(kind="sipping", sent=10, pause=0.4)
+ENDED_SIPPING = ENDED._replace(discarded=10, drained=3.0)
+SEEN_CUT_OFF = SEEN_SIPPING._replace(close="RST", received=50)
+ENDED_CUT_OFF = ENDED_SIPPING._replace(peer="NONE", discarded=9)
+SEEN_CUT = SEEN._replace(kind="slow", work=Work.CUT, manner=Manner.LATE.value)
+ENDED_CUT = ENDED._replace(cause="CLOSED", peer="NONE", drained=0.05)
 
 SEEN_TLS = SEEN._replace(way=Way.NATIVE_TLS.value, close_notify=True)
 ENDED_TLS = ENDED._replace(way=Way.NATIVE_TLS.value)
@@ -111,6 +126,12 @@ def test_small_soak_passes(loop: str, tmp_path: Path) -> None:
     assert set(result.ways) == ways
     assert sum(map(Counter.total, result.ways.values())) == CONNECTIONS
     assert result.accept_failures
+    assert result.stops
+    assert result.forks
+    assert result.outlasted
+    assert result.deaths == 1
+    assert result.killed.total() == PEERS
+    assert result.killed[Verdict.KILLED.name]
     assert f"{CONNECTIONS} connections" in found.stderr
     if (missing := link.available()) is None:
         assert result.link["packets"] > result.link["lost"] > 0
@@ -152,6 +173,14 @@ def test_killed_soak_leaves_no_process_behind() -> None:
             ENDED_TLS_RST._replace(number=None, cause="CANCELLED"),
         ),
         (
+            SEEN_RST._replace(work=Work.FORCEFULLY),
+            ENDED_RST._replace(cause="CANCELLED", error=None),
+        ),
+        (SEEN._replace(work=Work.SHIELDED), ENDED._replace(cause="CLOSED")),
+        (SEEN_CUT, ENDED_CUT),
+        (SEEN_CUT._replace(work=Work.CUT_BY_OTHER), ENDED_CUT),
+        (SEEN_SIPPING, ENDED_SIPPING),
+        (
             # What AnyIO's stream has read ahead is in no count.
             SEEN_FLOODING._replace(way=Way.SCOPE.value),
             ENDED_FLOODING._replace(way=Way.SCOPE.value, discarded=10),
@@ -174,6 +203,8 @@ def test_truth_is_agreed_upon(seen: Seen, ended: Ended) -> None:
             ENDED_TLS_RST,
             "close_notify, and not all",
         ),
+        (SEEN_CUT_OFF, ENDED_CUT_OFF, "the peer saw RST"),
+        (SEEN_CUT._replace(close="RST", received=50), ENDED_CUT, "the peer saw RST"),
     ],
 )
 def test_lost_answer_is_found(seen: Seen, ended: Ended, reason: str) -> None:
@@ -223,12 +254,99 @@ def test_lost_answer_is_found(seen: Seen, ended: Ended, reason: str) -> None:
             REFUSED,
             "the peer had not reset",
         ),
+        (SEEN._replace(work=Work.FORCEFULLY), ENDED._replace(cause="CLOSED"), "RST"),
+        (SEEN_RST._replace(work=Work.SHIELDED), ENDED_RST, "expected FIN"),
+        (SEEN_CUT, ENDED_CUT._replace(drained=DRAIN_TIMEOUT), "not cut short"),
+        (SEEN_CUT, ENDED_CUT._replace(error="AssertionError"), "has not found"),
+        (SEEN_SIPPING, ENDED_SIPPING._replace(discarded=9), "the 10 sent"),
     ],
 )
 def test_lie_is_found(seen: Seen, ended: Ended | None, reason: str) -> None:
     verdict, found = judge(seen, ended, None)
     assert verdict is Verdict.DISAGREEMENT
     assert reason in found
+
+
+def test_slow_reader_is_cut_off_only_after_a_pause_that_is_too_long() -> None:
+    """As a stop of its process is."""
+    stopped = SEEN_CUT_OFF._replace(pause=DRAIN_TIMEOUT)
+    assert judge(stopped, ENDED_CUT_OFF, None)[0] is Verdict.CUT_OFF
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        SEEN,  # its FIN was queued
+        SEEN_RST,
+        SEEN._replace(close="RST", received=50),
+        SEEN_RESET,
+        SEEN_TLS,
+        SEEN_RST._replace(work=Work.EOF_RAISE, close="FIN", received=100),
+    ],
+)
+def test_death_of_the_server_is_told(seen: Seen) -> None:
+    assert judge(seen, None, None, killed=True) == (Verdict.KILLED, "")
+
+
+@pytest.mark.parametrize(
+    ("seen", "reason"),
+    [
+        (SEEN_RST._replace(close="NONE"), "its peer does not know"),
+        (SEEN_RST._replace(close="FIN"), "not all of the answer"),
+        (SEEN_RST._replace(close="FIN", received=100), "work that failed"),
+        (SEEN._replace(wrong=True), "wrong bytes"),
+        (SEEN_TLS._replace(close_notify=False), "no close_notify"),
+        (SEEN_TLS_RST._replace(close_notify=True), "not all of the answer"),
+        (SEEN._replace(connected=False), "no connection"),
+    ],
+)
+def test_lie_about_a_death_is_found(seen: Seen, reason: str) -> None:
+    verdict, found = judge(seen, None, None, killed=True)
+    assert verdict in WRONG
+    assert reason in found
+
+
+def test_ending_that_was_written_before_the_death_counts() -> None:
+    assert judge(SEEN, ENDED, None, killed=True)[0] is Verdict.AGREED
+    assert judge(SEEN_RST, ENDED, None, killed=True)[0] is Verdict.DISAGREEMENT
+
+
+def test_peers_that_were_stopped_go_on() -> None:
+    """At the end of the round, and when its end is not the planned one."""
+    result = Result("asyncio")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=PIPE) as process:
+        peers: Any = [process]
+        server: Any = SimpleNamespace(ask=lambda *words: {"child": 1})
+        with (
+            pytest.raises(Stuck),
+            Disturbances(random.Random(0), server, peers, result) as disturbances,
+        ):
+            while state(process.pid) != "T":
+                assert disturbances.until_next() <= FIRST[1]
+                disturbances.step()
+            raise Stuck
+        while state(process.pid) == "T":
+            pass
+    assert result.stops == 1
+    assert result.stopped > 0
+
+
+def state(pid: int) -> str:
+    """A letter of proc_pid_stat(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_stopped_process_does_not_outlive_a_soak_that_is_killed() -> None:
+    child = "import os; os.kill(os.getpid(), 19)"
+    child = f"from soak.processes import die_with_parent as d; d(); print('!'); {child}"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-uc', {child!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=ROOT, stdout=PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"!"
+        process.kill()
+        process.communicate(timeout=30)  # the child has the same pipe
 
 
 def test_peer_that_reset_before_its_scope_is_matched_without_an_address() -> None:
@@ -252,7 +370,7 @@ def test_peer_that_reset_before_its_scope_is_matched_without_an_address() -> Non
 def test_each_share_has_its_ways_and_tls_only_what_it_can() -> None:
     ways: Counter[Way] = Counter()
     for share in SHARES:
-        for plan in plans(0, 2000, 0, share.ways, lossy=share.lossy):
+        for plan in plans(0, 2000, 0, share, share.ways):
             assert plan.way in share.ways
             assert not (plan.way.is_tls and plan.work in NOT_IN_TLS)
             ways[plan.way] += 1
