@@ -81,7 +81,13 @@ def main() -> int:
     amount.add_argument("--short", action="store_true", help="the same as --minutes 5")
     add("--loops", nargs="+", choices=LOOPS, help="default: all that are installed")
     add("--seed", type=int, default=0, help="of what the peers and the link do")
-    add("--no-link", action="store_true", help="loopback alone")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--no-link", action="store_true", help="loopback alone")
+    where.add_argument(
+        "--link-only",
+        action="store_true",
+        help="small connections across the link, to find what is rare there",
+    )
     add("--json", type=Path, help="where to write every figure")
     add("--write", action="store_true", help="soak/results.json and docs/soak.md")
     options = parser.parse_args()
@@ -91,10 +97,17 @@ def main() -> int:
     minutes = 5.0 if options.short else options.minutes
     missing = "as asked" if options.no_link else link.available()
     if missing is not None:
+        if options.link_only:
+            parser.error(f"there is no lossy link: {missing}")
         print(f"WITHOUT THE LOSSY LINK: {missing}", file=sys.stderr)
     results = []
     for loop in loops:
-        with Soak(loop, options.seed, with_link=missing is None) as soak:
+        with Soak(
+            loop,
+            options.seed,
+            with_link=missing is None,
+            link_only=options.link_only,
+        ) as soak:
             seconds = minutes and minutes * 60 / len(loops)
             connections = None if minutes else options.connections or CONNECTIONS
             results.append(soak.result)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from .disturbances import fork
 from .judge import WRONG, judge
 from .matching import Endings
-from .plans import KILLED_SHARE, SHARES
 from .processes import OTHER_CORES, PATIENCE, POLL, SERVER_CORES, Lines, Process, Stuck
 from .records import Ended, Seen
 from .report import Result
+from .shares import ALL_SHARES, KILLED_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ def die(
             Process("server", loop, paths[0], certificate, cores=SERVER_CORES)
         )
         ports = json.dumps(server.ask()["ports"])
-        place = SHARES.index(KILLED_SHARE)
+        place = ALL_SHARES.index(KILLED_SHARE)
         words = paths[1], seed, trust, ports, place
         peers = stack.enter_context(Process("peers", *words, cores=OTHER_CORES))
         peers.tell("round", number * PEERS, PEERS)

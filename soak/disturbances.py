@@ -66,7 +66,7 @@ class Disturbances:
         due = min(self._fork_at, *self._turns.values())
         return max(0, due - time.monotonic())
 
-    def step(self, *, may_fork: bool = True) -> None:
+    def step(self) -> None:
         """Do what is due."""
         now = time.monotonic()
         for process, due in list(self._turns.items()):
@@ -74,9 +74,8 @@ class Disturbances:
                 self._turn(process, now)
         if self._fork_at <= now:
             self._fork_at = now + self._rng.uniform(*BETWEEN_FORKS)
-            if may_fork:
-                fork(self._server, self._rng.uniform(*CHILD_LIVES))
-                self._result.forks += 1
+            fork(self._server, self._rng.uniform(*CHILD_LIVES))
+            self._result.forks += 1
 
     def _turn(self, process: Process, now: float) -> None:
         since = self._stopped.pop(process, None)

@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -112,19 +113,24 @@ def _open_namespace_file(name: str) -> int:
     return os.open(f"/proc/thread-self/{name}", os.O_RDONLY)
 
 
-def _server_end() -> tuple[int, int, int, dict[Way, socket.socket]]:
+def _open_counters() -> list[int]:
+    return [_open_namespace_file(f"net/{name}") for name in ("netstat", "snmp")]
+
+
+def _server_end() -> tuple[int, int, int, dict[Way, socket.socket], list[int]]:
     tun = _open_tun(SERVER_ADDRESS)
     listeners = {
         way: socket.create_server((SERVER_ADDRESS, 0), backlog=BACKLOG)
         for way in NATIVE_WAYS
     }
     table, devices = _open_namespace_file("net/tcp"), _open_namespace_file("net/dev")
-    return tun, table, devices, listeners
+    return tun, table, devices, listeners, _open_counters()
 
 
-def _peer_end() -> tuple[int, int, int]:
+def _peer_end() -> tuple[int, int, int, list[int]]:
     tun = _open_tun(PEER_ADDRESS)
-    return tun, _open_namespace_file("ns/net"), _open_namespace_file("net/dev")
+    namespace, devices = _open_namespace_file("ns/net"), _open_namespace_file("net/dev")
+    return tun, namespace, devices, _open_counters()
 
 
 class Link:
@@ -139,17 +145,18 @@ class Link:
         self.listeners: dict[Way, socket.socket] = {}
         try:
             server = _in_new_namespace(_server_end)
-            self.server_tun, self._table, server_devices, self.listeners = server
-            self._descriptors += server[:3]
+            self.server_tun, self._table, server_devices, self.listeners, ours = server
+            self._descriptors += [*server[:3], *ours]
             peer = _in_new_namespace(_peer_end)
-            self.peer_tun, self.namespace, peer_devices = peer
-            self._descriptors += peer
+            self.peer_tun, self.namespace, peer_devices, theirs = peer
+            self._descriptors += [*peer[:3], *theirs]
         except (OSError, AttributeError) as exc:
             self.close()
             raise LinkUnavailable(
                 f"it needs /dev/net/tun, CAP_SYS_ADMIN and CAP_NET_ADMIN ({exc})"
             ) from exc
         self._devices = server_devices, peer_devices
+        self._counters = {"server": ours, "peers": theirs}
 
     def close(self) -> None:
         for descriptor in self._descriptors:
@@ -173,6 +180,18 @@ class Link:
             if fields[3] not in AT_REST and port not in VANISHING_PORTS:
                 return False
         return True
+
+    def counters(self) -> Counter[str]:
+        """What the kernels of both ends count: netstat(8), with -s."""
+        counts: Counter[str] = Counter()
+        for end, descriptors in self._counters.items():
+            for descriptor in descriptors:
+                lines = iter(_read_all(descriptor).splitlines())
+                for names, values in zip(lines, lines, strict=True):
+                    group, *fields = names.split()
+                    for name, value in zip(fields, values.split()[1:], strict=True):
+                        counts[f"{end} {group}{name}"] = int(value)
+        return counts
 
     def overflowed(self) -> int:
         """Packets that were lost before this link saw them."""

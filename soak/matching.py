@@ -11,7 +11,7 @@ from .plans import NATIVE_WAYS, Way
 from .records import Ended, Flow, Seen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from .processes import Lines
     from .report import Result
@@ -72,8 +72,10 @@ class Endings:
 class Matching:
     """Of both sides of a run's connections, and of the sums that the server has kept."""
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Result, evidence: Callable[[int], str]) -> None:
+        """*evidence* is what is known of the peer with that port across the link."""
         self._result = result
+        self._evidence = evidence
         self._native_endings: Counter[str] = Counter()
 
     def match(
@@ -103,7 +105,10 @@ class Matching:
             result.outlasted += not seen.lossy and ended.waited_in_vain
         of_its_way = sum(result.ways[seen.way][wrong.name] for wrong in WRONG)
         if verdict in WRONG and of_its_way <= SHOWN:
-            self.show(f"{seen.way}: {reason}: {seen}, {ended}, {passed}")
+            wrong = f"{seen.way}: {reason}: {seen}, {ended}, {passed}"
+            if passed is not None:
+                wrong += f"\n{self._evidence(seen.port)}"
+            self.show(wrong)
 
     def show(self, wrong: str) -> None:
         self._result.wrong.append(wrong)

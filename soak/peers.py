@@ -1,7 +1,7 @@
 """The peers: `python -m soak.peers FILE SEED TRUST PORTS SHARE [NAMESPACE]`.
 
 Plain non-blocking sockets, which know nothing of anyio_rst. What each peer saw becomes a
-line of FILE. SHARE is the place of theirs in `plans.SHARES`; the lossy one is across the
+line of FILE. SHARE is the place of theirs in `ALL_SHARES`; a lossy one is across the
 link whose peers' end is in the network namespace of the descriptor NAMESPACE. PORTS are
 the server's for each way, as JSON. TRUST is a file with the authority behind the server's
 certificate.
@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING
 
 from . import link
 from .peer import PARKED, Peer
-from .plans import ENDLESS, KIB, SHARES, Manner, Way, plans
+from .plans import ENDLESS, KIB, Manner, Way, plans
 from .processes import die_with_parent
 from .records import name_of
+from .shares import ALL_SHARES
 from .tls import LOOPBACK_ADDRESS, TLSSocket, peer_context
 from .wire import (
     LINK_PORTS,
@@ -61,14 +62,12 @@ class Peers:
     ) -> None:
         self._lines = lines
         self._seed = seed
+        self._share = ALL_SHARES[share]
+        self._lossy = lossy = self._share.lossy
         self._ports = {way: ports[way.name] for way in Way if way.name in ports}
         self._ways = {
-            way: weight
-            for way, weight in SHARES[share].ways.items()
-            if way in self._ports
+            way: weight for way, weight in self._share.ways.items() if way in self._ports
         }
-        self._share = SHARES[share]
-        self._lossy = lossy = self._share.lossy
         self._contexts = {old: peer_context(trust, old=old) for old in (False, True)}
         self._host = SERVER_ADDRESS if lossy else LOOPBACK_ADDRESS
         self._ordinary = (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from .shares import Share
 
 # Seconds. The server's limits, short enough for those that run into them on purpose.
 DRAIN_TIMEOUT = 1.0
@@ -20,6 +22,7 @@ VANISHED_TIMEOUT = 1.5  # for the work of a peer that is going to disappear
 LOST_TIMEOUT = 3.0  # for that of one whose RST may be lost
 
 KIB = 1024
+SMALL = KIB
 # More than a send buffer and the peer's receive buffer can hold: tcp_wmem and tcp_rmem.
 ENDLESS = 12 * 2**20
 # A sipping peer takes several times the drain's limit, and all fits into a send buffer.
@@ -101,49 +104,6 @@ class Manner(enum.Enum):
     IN_ANSWER = "in the middle of the answer"
     AFTER_END = "after the FIN"
 
-
-# In a hundred.
-KINDS = {
-    "good": 38,
-    "failing": 20,
-    "slow": 6,
-    "sipping": 2,
-    "flooding": 10,
-    "half-closing": 10,
-    "resetting": 10,
-    "vanishing": 4,
-}
-
-# The peers of a server that is going to be killed; all of them at once.
-KILLED_KINDS = {
-    "holding": 4,
-    "good": 2,
-    "failing": 1,
-    "slow": 2,
-    "sipping": 4,
-    "flooding": 2,
-    "half-closing": 1,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Share:
-    """Peers that go about it at the same time, in a process of their own."""
-
-    part: float
-    """Of all connections."""
-    ways: Mapping[Way, int]
-    """How often, in comparison; a loop may not have all of them."""
-    lossy: bool = False
-    kinds: Mapping[str, int] = field(default_factory=KINDS.copy)
-
-
-NATIVE_SHARE = Share(0.7, {Way.NATIVE: 6, Way.NATIVE_TLS: 1})
-SCOPES_SHARE = Share(0.2, {way: 1 for way in Way if way.is_scope})
-LOSSY_SHARE = Share(0.1, {Way.NATIVE: 6, Way.NATIVE_TLS: 1}, lossy=True)
-
-KILLED_SHARE = Share(0, dict.fromkeys(Way, 1), kinds=KILLED_KINDS)
-SHARES = (NATIVE_SHARE, SCOPES_SHARE, LOSSY_SHARE, KILLED_SHARE)
 
 GOOD = (
     *[Work.ANSWER] * 4,
@@ -252,6 +212,9 @@ def plans(
         if lossy and kind == "vanishing":
             way = Way.NATIVE  # the link tells the request from a handshake by its place
         plan = _plan(number, kind, way, rng, lossy=lossy)
+        if share.small and plan.manner is not Manner.IN_ANSWER:
+            small = min(plan.size, SMALL), min(plan.upload, SMALL)
+            plan = replace(plan, size=small[0], upload=small[1])
         if way.is_tls and plan.work in NOT_IN_TLS:
             instead = Work.RAISE if plan.work is Work.EOF_RAISE else Work.ANSWER
             plan = replace(plan, work=instead)

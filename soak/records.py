@@ -90,13 +90,11 @@ class Flow(NamedTuple):
 
     peer: Arrived
     server: Arrived
-    trace: Sequence[str] = ()
-    """The last segments: when, where to, flags, sequence number and length."""
 
 
-def flow(record: tuple[Sequence[int], Sequence[int], Sequence[str]]) -> Flow:
-    peer, server, trace = record
-    return Flow(Arrived(*peer), Arrived(*server), trace)
+def flow(record: tuple[Sequence[int], Sequence[int]]) -> Flow:
+    peer, server = record
+    return Flow(Arrived(*peer), Arrived(*server))
 
 
 def name_of(exc: OSError) -> str:

@@ -11,8 +11,8 @@ import select
 import struct
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 from .link import MTU
 from .plans import Manner
@@ -26,7 +26,7 @@ DELAY, JITTER = 0.002, 0.01  # seconds; a difference above 0 reorders
 IDLE = 0.08
 PACKETS_PER_TURN = 64
 ANSWERED = 4  # segments of an answer, before the peer in the middle of it vanishes
-TRACED = 30  # segments of a connection that are shown if it goes wrong
+TRACED = 100  # lines of a connection that are shown if it goes wrong
 
 IPPROTO_TCP = 6
 
@@ -43,10 +43,10 @@ class Flow:
             else None
         )
         self._requests = self._answers = 0
-        self._trace: list[str] = []
+        self.trace: deque[str] = deque(maxlen=TRACED)
 
     def note(self, what: str, flags: int, seq: int, length: int) -> None:
-        self._trace.append(f"{time.monotonic():.3f} {what} {flags:02x} {seq} +{length}")
+        self.trace.append(f"{time.monotonic():.3f} {what} {flags:02x} {seq} +{length}")
 
     @property
     def may_vanish(self) -> bool:
@@ -66,13 +66,13 @@ class Flow:
         self._answers += not to_server and length > 0
         return self.cut
 
-    def record(self) -> tuple[list[int], list[int], list[str]]:
+    def record(self) -> tuple[list[int], list[int]]:
         """The fields of `judge.Flow`."""
         peer, server = (
             [side.lost, side.refused, side.obeyed, side.reached]
             for side in (self.peer, self.server)
         )
-        return peer, server, self._trace[-TRACED:]
+        return peer, server
 
 
 @dataclass
@@ -89,6 +89,7 @@ class Relay:
         self._ends = {server_tun: peer_tun, peer_tun: server_tun}
         self._peer_tun = peer_tun
         self._flows: dict[int, Flow] = {}  # by the port of the peer
+        self._reported = self._flows
         self._vanished: set[int] = set()  # before; their servers try for a while
         self._totals = Totals()
         # When, the number that it came with, what, and where to.
@@ -96,7 +97,11 @@ class Relay:
         self._arrivals = 0
 
     def run(self) -> None:
-        """Until the standard input ends. Each line of it is answered with a report."""
+        """Until the standard input ends.
+
+        `report` is answered when nothing is under way: what became of the connections
+        since the last one. `trace PORT` has the segments of one of these.
+        """
         control = sys.stdin.fileno()
         poll = select.epoll()
         for descriptor in (control, *self._ends):
@@ -113,10 +118,14 @@ class Relay:
             for descriptor in ready:
                 if descriptor != control:
                     self._take(descriptor)
-                elif os.read(control, 4096):
-                    asked = True
-                else:
+                    continue
+                command = os.read(control, 4096).split()
+                if not command:
                     return
+                if command[0] == b"trace":
+                    say(list(self._reported[int(command[1])].trace))
+                else:
+                    asked = True
             self._deliver()
 
     def _take(self, tun: int) -> None:
@@ -139,6 +148,7 @@ class Relay:
                 return
             self._vanished.remove(port)  # another peer has come to this address
         flow = self._flow(port)
+        flow.note("by peer" if to_server else "by server", *segment)
         if flow.is_cut(to_server=to_server, length=length):
             return
         if self._rng.random() < LOSS and not flow.may_vanish:
@@ -179,16 +189,16 @@ class Relay:
         return flow
 
     def _report(self) -> None:
-        """What became of the connections since the last report."""
-        report: dict[str, Any] = {
-            "totals": vars(self._totals),
-            "flows": {port: flow.record() for port, flow in self._flows.items()},
-        }
+        flows = {port: flow.record() for port, flow in self._flows.items()}
+        say({"totals": vars(self._totals), "flows": flows})
         self._vanished |= {port for port, flow in self._flows.items() if flow.cut}
-        self._flows = {}
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.write(json.dumps(report) + "\n")
-            sys.stdout.flush()
+        self._reported, self._flows = self._flows, {}
+
+
+def say(reply: object) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
 
 
 def parsed(packet: bytes, *, to_server: bool) -> tuple[int, int, int, int] | None:

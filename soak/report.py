@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .judge import WRONG, Verdict
-from .plans import KINDS, Way
+from .plans import Way
+from .shares import KINDS
 
 if TYPE_CHECKING:
     from .records import Seen

@@ -15,11 +15,11 @@ from . import link
 from .deaths import die
 from .disturbances import Disturbances
 from .matching import SHOWN, Matching
-from .plans import KILLED_SHARE, NATIVE_SHARE, SCOPES_SHARE, SHARES, Share
 from .processes import OTHER_CORES, PATIENCE, POLL, SERVER_CORES, Lines, Process, Stuck
 from .progress import Progress
 from .records import Flow, flow
 from .report import Result, Sample
+from .shares import ALL_SHARES, LINK_SHARE, SCOPES_SHARE, SHARES, Share
 from .tls import make_certificate
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ FINISH_LINK = 0.5  # seconds to read what there is; all has arrived then
 class Soak:
     """One loop."""
 
-    def __init__(self, loop: str, seed: int, *, with_link: bool) -> None:
+    def __init__(
+        self, loop: str, seed: int, *, with_link: bool, link_only: bool = False
+    ) -> None:
         self.result = Result(loop)
         self._seed = seed
+        self._link_only = link_only
         self._rng = random.Random(f"{seed} {loop} disturbances")
         self._link: link.Link | None = None
         self._relay: Process | None = None
@@ -50,7 +53,7 @@ class Soak:
         )  # of so many, or of the time
         self._started = 0
         self._expected_endings = 0
-        self._matching = Matching(self.result)
+        self._matching = Matching(self.result, self._evidence)
         self._peers: dict[Share, Process] = {}
         self._seen: list[Lines] = []
         with contextlib.ExitStack() as stack:
@@ -91,9 +94,10 @@ class Soak:
         ports = self._server.ask()["ports"]
         self._endings = Lines(endings)
         stack.callback(self._endings.close)
-        for place, share in enumerate(SHARES):
-            if share is KILLED_SHARE or (share.lossy and self._link is None):
+        for share in (LINK_SHARE,) if self._link_only else SHARES:
+            if share.lossy and self._link is None:
                 continue
+            place = ALL_SHARES.index(share)
             path = directory / f"seen-{place}"
             self._seen.append(Lines(path))
             stack.callback(self._seen[-1].close)
@@ -123,8 +127,9 @@ class Soak:
             return time.monotonic() - start
 
         if connections is not None:
-            per_round = min(MOST_PER_ROUND, -(-connections // ROUNDS))
-            per_round = max(LEAST_PER_ROUND, per_round)
+            # The link keeps what it has seen of those of two rounds.
+            most = MOST_PER_ROUND // 4 if self._link_only else MOST_PER_ROUND
+            per_round = max(LEAST_PER_ROUND, min(most, -(-connections // ROUNDS)))
         else:
             per_round = MOST_PER_ROUND // 4  # a few minutes have to have enough of them
         self._sample()
@@ -149,7 +154,9 @@ class Soak:
 
     def _round(self, count: int) -> None:
         parts = {share: int(count * share.part) for share in self._peers}
-        parts[NATIVE_SHARE] += count - sum(parts.values())
+        parts[next(iter(parts))] += count - sum(parts.values())
+        if self._link is not None:
+            self._counted = self._link.counters()
         with Disturbances(
             self._rng, self._server, self._peers.values(), self.result
         ) as disturbances:
@@ -166,7 +173,14 @@ class Soak:
         self._until_over()
         self._sample()
         self._matching.match(self._endings, self._seen, flows)
-        self._die()
+        if not self._link_only:
+            self._die()
+
+    def _evidence(self, port: int) -> str:
+        assert self._link is not None
+        assert self._relay is not None
+        trace = "\n".join(self._relay.ask("trace", port))
+        return f"{trace}\nin this round: {dict(self._link.counters() - self._counted)}"
 
     def _die(self) -> None:
         """Have another server be killed, once a round."""
@@ -220,7 +234,8 @@ class Soak:
                 starved = True
                 if not alone:  # else nobody connects: it is a round of a few
                     self._starve()
-                self._begin(SCOPES_SHARE, parts[SCOPES_SHARE])
+                if SCOPES_SHARE in self._peers:
+                    self._begin(SCOPES_SHARE, parts[SCOPES_SHARE])
 
     def _starve(self) -> None:
         failures = self._server.ask("starve", STARVED_ACCEPTS)["failures"]
@@ -270,6 +285,8 @@ class Soak:
             "no accept has ever failed with EMFILE": result.episodes,
             "the server has never forked": result.forks,
             "no peers have ever been stopped": result.stops,
-            "no slow reader has outlasted the drain's limit": result.outlasted,
+            "no slow reader has outlasted the drain's limit": (
+                self._link_only or result.outlasted
+            ),
         }
         result.faults += [fault for fault, count in happened.items() if not count]

@@ -28,9 +28,8 @@ from soak.judge import WRONG, Verdict, judge  # noqa: E402
 from soak.matching import Endings  # noqa: E402
 from soak.plans import (  # noqa: E402
     DRAIN_TIMEOUT,
-    KINDS,
+    KIB,
     NOT_IN_TLS,
-    SHARES,
     TRIO_WAYS,
     Manner,
     Way,
@@ -41,6 +40,8 @@ from soak.processes import Stuck  # noqa: E402
 from soak.receiver import FIN, RST, SYN, Receiver  # noqa: E402
 from soak.records import Arrived, Ended, Flow, Seen  # noqa: E402
 from soak.report import Result, Sample  # noqa: E402
+from soak.run import Soak  # noqa: E402
+from soak.shares import ALL_SHARES, KINDS, SHARES  # noqa: E402
 from soak.tls import (  # noqa: E402
     LOOPBACK_ADDRESS,
     TLSSocket,
@@ -138,6 +139,36 @@ def test_small_soak_passes(loop: str, tmp_path: Path) -> None:
         assert result.lossy == CONNECTIONS // 10
     else:
         assert missing in found.stderr
+
+
+@pytest.mark.skipif(link.available() is not None, reason="there is no link")
+def test_small_soak_of_the_link_alone_passes(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    run = [sys.executable, "-m", "soak", "--loops", "asyncio", "--json", str(path)]
+    run += ["--connections", str(CONNECTIONS), "--link-only"]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    (result,) = report.load(path).results
+    assert result.connections == result.lossy == CONNECTIONS
+    assert result.deaths == 0
+
+
+@pytest.mark.skipif(link.available() is not None, reason="there is no link")
+def test_what_is_known_of_a_connection_that_went_wrong_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disagree(*_: object) -> tuple[Verdict, str]:
+        return Verdict.DISAGREEMENT, "made up"
+
+    monkeypatch.setattr("soak.matching.judge", disagree)
+    with Soak("asyncio", 0, with_link=True, link_only=True) as soak:
+        soak.run(CONNECTIONS, None)
+    shown = soak.result.wrong[0]
+    assert soak.result.disagreements() == CONNECTIONS
+    assert "made up" in shown
+    assert " by peer 02 " in shown  # its SYN
+    assert "server Tcp:OutRsts" in shown
+    assert shown in capsys.readouterr().err
 
 
 def test_killed_soak_leaves_no_process_behind() -> None:
@@ -369,9 +400,10 @@ def test_peer_that_reset_before_its_scope_is_matched_without_an_address() -> Non
 
 def test_each_share_has_its_ways_and_tls_only_what_it_can() -> None:
     ways: Counter[Way] = Counter()
-    for share in SHARES:
+    for share in ALL_SHARES:
         for plan in plans(0, 2000, 0, share, share.ways):
             assert plan.way in share.ways
+            assert plan.size <= KIB or not share.small or plan.manner is Manner.IN_ANSWER
             assert not (plan.way.is_tls and plan.work in NOT_IN_TLS)
             ways[plan.way] += 1
     assert set(ways) == set(Way)
