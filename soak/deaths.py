@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PEERS = 96  # at once
 KILLED_AFTER = 0.3  # seconds at most, from the fork
 CHILD_LIVES = 20.0  # seconds, if it is not killed
+FINISH = 3.0  # seconds to read what there is
 ENDS_WITHIN = 6.0  # seconds after the death, what the slowest reader takes
 
 
@@ -60,7 +61,7 @@ def die(
             time.sleep(rng.uniform(0, KILLED_AFTER))
             server.kill()
             _until_settled(peers)
-            peers.tell("finish", 0)
+            peers.tell("finish", FINISH)
             _until_over(peers)
         finally:
             os.kill(child, signal.SIGKILL)

@@ -10,12 +10,10 @@ import struct
 import sys
 import time
 from contextlib import suppress
-from fcntl import ioctl
-from termios import FIONREAD
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from .plans import DRAIN_TIMEOUT, KIB, SIP, SIP_EVERY, Manner, Plan, Work
-from .records import name_of
+from .records import left_of, name_of
 from .wire import FLOOD, PATTERN, REQUEST, request
 from .wire import place as place_of
 
@@ -79,17 +77,9 @@ class Peer:
             self.wrong,
             tls is not None and tls.close_notify,
             self.pause,
-            self._left(),
+            left_of(self.sock) if self.close == "NONE" else "",
         )
         return json.dumps(fields) + "\n"
-
-    def _left(self) -> str:
-        """What its kernel knows of a connection whose end was not seen."""
-        if self.close != "NONE" or self.sock.fileno() == -1:
-            return ""
-        state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        (unread,) = struct.unpack("i", ioctl(self.sock, FIONREAD, b"\0" * 4))
-        return f"state {state}, {unread} bytes unread"
 
     # How the kinds of peers behave.
 
@@ -244,6 +234,13 @@ class Peer:
         except BlockingIOError:
             return False
         return True
+
+    def read_what_is_left(self) -> None:
+        """Of a peer that is out of time, and may not have come to its reading."""
+        while self.connected and self.close == "NONE":
+            before = self.received
+            if self._read(RECEIVE_SIZE) or self.received == before:
+                return
 
     def say_goodbye(self) -> None:
         """Over TLS some answer a close_notify before they close."""

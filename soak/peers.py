@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from . import link
 from .peer import PARKED, Peer
-from .plans import ENDLESS, KIB, Manner, Way, plans
+from .plans import ENDLESS, KIB, SIP, Manner, Way, plans
 from .processes import die_with_parent
 from .records import name_of
 from .shares import ALL_SHARES
@@ -168,7 +168,9 @@ class Peers:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         # Not across the link, which could not tell what the peer's TCP has taken.
         if not plan.lossy and (plan.kind in SMALL_BUFFERS or plan.size == ENDLESS):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * KIB)
+            # With half of a sip, each of them opens the window (RFC 9293, 3.8.6.2.2).
+            size = SIP // 2 if plan.kind == "sipping" else 8 * KIB
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         addresses = self._ordinary
         if plan.lossy and plan.kind == "vanishing":
             manner = plan.manner
@@ -217,6 +219,7 @@ class Peers:
         self._park(peer)
         del self._open[peer.sock.fileno()]
         peer.sleeping = False
+        peer.read_what_is_left()
         peer.say_goodbye()
         self._lines.write(peer.line())
         peer.sock.close()

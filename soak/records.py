@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import socket
 import ssl
+import struct
+from fcntl import ioctl
+from termios import FIONREAD
 from typing import TYPE_CHECKING, NamedTuple
 
 from .plans import DRAIN_TIMEOUT
@@ -38,7 +42,7 @@ class Seen(NamedTuple):
     pause: float
     """Of a sipping peer: the longest time between two of its sips, in seconds."""
     left: str
-    """If it saw no end: what its kernel knew of the connection at last."""
+    """If it saw no end, its kernel's tcpi_state (tcp(7)), and what it had not read."""
 
 
 class Ended(NamedTuple):
@@ -104,3 +108,10 @@ def name_of(exc: OSError) -> str:
     if exc.errno in GONE:
         return "RST"
     return errno.errorcode.get(exc.errno or 0, str(exc))
+
+
+def left_of(sock: socket.socket) -> str:
+    """For `Seen.left`."""
+    state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    (unread,) = struct.unpack("i", ioctl(sock, FIONREAD, b"\0" * 4))
+    return f"state {state}, {unread} bytes unread"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import select
 import tempfile
 import time
@@ -32,6 +33,8 @@ ROUNDS = 10
 LEAST_PER_ROUND, MOST_PER_ROUND = 400, 20_000
 STARVED_ACCEPTS = 3  # that fail in an episode: 200 ms
 STARVE_AT = 0.1  # of a round's connections that have ended
+# Of what the kernels count, what there is to say of segments that TCP did not take.
+TELLING = re.compile("Drop|Skip|Challenge|Prune|Abort|PAWS|Overflow|Rst|Err|Fail|Reset")
 FINISH_LINK = 0.5  # seconds to read what there is; all has arrived then
 
 
@@ -180,7 +183,9 @@ class Soak:
         assert self._link is not None
         assert self._relay is not None
         trace = "\n".join(self._relay.ask("trace", port))
-        return f"{trace}\nin this round: {dict(self._link.counters() - self._counted)}"
+        counted = self._link.counters() - self._counted
+        telling = {name: counted[name] for name in counted if TELLING.search(name)}
+        return f"{trace}\nin this round: {telling}"
 
     def _die(self) -> None:
         """Have another server be killed, once a round."""

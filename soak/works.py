@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, cast
 import anyio
 from anyio import CancelScope, move_on_after, sleep, sleep_forever
 
+from anyio_rst import PeerClose
+
 from .plans import CUT_AFTER, Work
 from .wire import PATTERN, REQUEST
 from .wire import place as place_of
@@ -14,7 +16,7 @@ from .wire import place as place_of
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from anyio_rst import Connection
+    from anyio_rst import Connection, Ending
 
 
 class Failure(Exception):
@@ -46,9 +48,10 @@ async def read_all(conn: Connection, request: Request) -> None:
         raise AssertionError(f"{received} of {request.upload} bytes were uploaded")
 
 
-def check_ended(conn: Connection) -> None:
+def check_ended(conn: Connection) -> Ending:
     if conn.ending is None:
         raise AssertionError("aclose() has returned, and the connection is open")
+    return conn.ending
 
 
 async def answer(conn: Connection, request: Request) -> None:
@@ -81,25 +84,34 @@ async def shielded(conn: Connection, request: Request) -> None:
 async def cut(conn: Connection, request: Request) -> None:
     await conn.send(request.answer)
     request.finished = anyio.current_time()
-    with move_on_after(CUT_AFTER):
+    with move_on_after(CUT_AFTER) as scope:
         await conn.aclose()
-    check_ended(conn)
+    peer = check_ended(conn).peer
+    if not scope.cancelled_caught and peer is PeerClose.NONE:
+        raise AssertionError("aclose() was cancelled, and has drained to the limit")
 
 
 async def cut_by_other(conn: Connection, request: Request) -> None:
     await conn.send(request.answer)
     request.finished = anyio.current_time()
-    ends: list[object] = []
+    draining = anyio.Event()
+    ended = None
+
+    async def drain() -> None:
+        draining.set()
+        await conn.aclose()
+
     async with anyio.create_task_group() as tg:
-        tg.start_soon(conn.aclose)
+        tg.start_soon(drain)
+        await draining.wait()
         await sleep(CUT_AFTER)
         with CancelScope() as cancelled:
             cancelled.cancel()
             try:
                 await conn.aclose()
             finally:
-                ends.append(conn.ending)
-    if ends == [None]:
+                ended = conn.ending
+    if ended is None:
         raise AssertionError("the second aclose() has left the connection open")
 
 

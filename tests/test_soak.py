@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -26,10 +27,12 @@ from soak.deaths import PEERS  # noqa: E402
 from soak.disturbances import FIRST, Disturbances  # noqa: E402
 from soak.judge import WRONG, Verdict, judge  # noqa: E402
 from soak.matching import Endings  # noqa: E402
+from soak.peer import LINGER_RESET, Peer  # noqa: E402
 from soak.plans import (  # noqa: E402
     DRAIN_TIMEOUT,
     KIB,
     NOT_IN_TLS,
+    SIP_EVERY,
     TRIO_WAYS,
     Manner,
     Way,
@@ -41,7 +44,7 @@ from soak.receiver import FIN, RST, SYN, Receiver  # noqa: E402
 from soak.records import Arrived, Ended, Flow, Seen  # noqa: E402
 from soak.report import Result, Sample  # noqa: E402
 from soak.run import Soak  # noqa: E402
-from soak.shares import ALL_SHARES, KINDS, SHARES  # noqa: E402
+from soak.shares import ALL_SHARES, KINDS, LINK_SHARE, SHARES  # noqa: E402
 from soak.tls import (  # noqa: E402
     LOOPBACK_ADDRESS,
     TLSSocket,
@@ -49,7 +52,7 @@ from soak.tls import (  # noqa: E402
     peer_context,
     server_context,
 )
-from soak.wire import LOOPBACK_PORTS  # noqa: E402
+from soak.wire import LOOPBACK_PORTS, PATTERN, place  # noqa: E402
 
 CONNECTIONS = 400
 
@@ -287,7 +290,6 @@ def test_lost_answer_is_found(seen: Seen, ended: Ended, reason: str) -> None:
         ),
         (SEEN._replace(work=Work.FORCEFULLY), ENDED._replace(cause="CLOSED"), "RST"),
         (SEEN_RST._replace(work=Work.SHIELDED), ENDED_RST, "expected FIN"),
-        (SEEN_CUT, ENDED_CUT._replace(drained=DRAIN_TIMEOUT), "not cut short"),
         (SEEN_CUT, ENDED_CUT._replace(error="AssertionError"), "has not found"),
         (SEEN_SIPPING, ENDED_SIPPING._replace(discarded=9), "the 10 sent"),
     ],
@@ -302,6 +304,31 @@ def test_slow_reader_is_cut_off_only_after_a_pause_that_is_too_long() -> None:
     """As a stop of its process is."""
     stopped = SEEN_CUT_OFF._replace(pause=DRAIN_TIMEOUT)
     assert judge(stopped, ENDED_CUT_OFF, None)[0] is Verdict.CUT_OFF
+    soon = SEEN_CUT_OFF._replace(pause=DRAIN_TIMEOUT - SIP_EVERY)
+    assert judge(soon, ENDED_CUT_OFF, None)[0] is Verdict.LOST_ANSWER
+    tls = Way.NATIVE_TLS.value
+    soon, ended = soon._replace(way=tls), ENDED_CUT_OFF._replace(way=tls)
+    assert judge(soon, ended, None)[0] is Verdict.CUT_OFF
+
+
+def test_peer_that_is_out_of_time_has_read_what_there_is() -> None:
+    """One that sleeps, on a machine that has had no time for it either."""
+    (plan,) = plans(0, 1, 0, LINK_SHARE, {Way.NATIVE: 1})
+    plan = replace(plan, kind="slow", manner=Manner.LATE)
+    with socket.create_server((LOOPBACK_ADDRESS, 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+    with sock, accepted:
+        sock.setblocking(False)
+        peer = Peer(plan, sock.getsockname(), sock, None)
+        assert next(peer.steps) == 1.5 * DRAIN_TIMEOUT
+        data = PATTERN[place(plan.number) :][:10]
+        accepted.sendall(data)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        accepted.close()
+        peer.read_what_is_left()
+        seen = Seen(*json.loads(peer.line()))
+    assert (seen.close, seen.received, seen.wrong) == ("RST", 10, False)
 
 
 @pytest.mark.parametrize(
