@@ -205,6 +205,8 @@ class Peer:
         while not self.connected:
             error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
+                # One that nobody accepts is refused; this one had been made before.
+                self.connected = error == errno.ECONNRESET
                 raise OSError(error, os.strerror(error))
             try:
                 self.sock.getpeername()

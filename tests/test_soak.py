@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
@@ -311,8 +313,9 @@ def test_slow_reader_is_cut_off_only_after_a_pause_that_is_too_long() -> None:
     assert judge(soon, ended, None)[0] is Verdict.CUT_OFF
 
 
-def test_peer_that_is_out_of_time_has_read_what_there_is() -> None:
-    """One that sleeps, on a machine that has had no time for it either."""
+@contextmanager
+def late_peer() -> Iterator[tuple[Peer, socket.socket]]:
+    """With the server's side, which resets when it is closed."""
     (plan,) = plans(0, 1, 0, LINK_SHARE, {Way.NATIVE: 1})
     plan = replace(plan, kind="slow", manner=Manner.LATE)
     with socket.create_server((LOOPBACK_ADDRESS, 0)) as listener:
@@ -320,15 +323,27 @@ def test_peer_that_is_out_of_time_has_read_what_there_is() -> None:
         accepted, _ = listener.accept()
     with sock, accepted:
         sock.setblocking(False)
-        peer = Peer(plan, sock.getsockname(), sock, None)
-        assert next(peer.steps) == 1.5 * DRAIN_TIMEOUT
-        data = PATTERN[place(plan.number) :][:10]
-        accepted.sendall(data)
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
-        accepted.close()
+        yield Peer(plan, sock.getsockname(), sock, None), accepted
+
+
+def test_peer_that_is_out_of_time_has_read_what_there_is() -> None:
+    """One that sleeps, on a machine that has had no time for it either."""
+    with late_peer() as (peer, server):
+        assert next(peer.steps) == 1.5 * DRAIN_TIMEOUT
+        server.sendall(PATTERN[place(peer.plan.number) :][:10])
+        server.close()
         peer.read_what_is_left()
         seen = Seen(*json.loads(peer.line()))
     assert (seen.close, seen.received, seen.wrong) == ("RST", 10, False)
+
+
+def test_peer_that_was_reset_before_it_looked_has_been_connected() -> None:
+    with late_peer() as (peer, server):
+        server.close()
+        with pytest.raises(ConnectionResetError):
+            next(peer.steps)
+        assert peer.connected
 
 
 @pytest.mark.parametrize(
