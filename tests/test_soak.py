@@ -201,6 +201,10 @@ def test_killed_soak_leaves_no_process_behind() -> None:
             SEEN_RST._replace(work=Work.EOF_RAISE, close="FIN", received=100),
             ENDED_RST._replace(fin_sent_before_reset=True),
         ),
+        (
+            SEEN_RST._replace(work=Work.EOF_RAISE, close="FIN", received=100),
+            ENDED._replace(cause="RAISED", error="Failure"),
+        ),
         (SEEN_TLS, ENDED_TLS),
         (SEEN_TLS_RST, ENDED_TLS_RST),
         (
@@ -294,6 +298,12 @@ def test_lost_answer_is_found(seen: Seen, ended: Ended, reason: str) -> None:
         (SEEN_RST._replace(work=Work.SHIELDED), ENDED_RST, "expected FIN"),
         (SEEN_CUT, ENDED_CUT._replace(error="AssertionError"), "has not found"),
         (SEEN_SIPPING, ENDED_SIPPING._replace(discarded=9), "the 10 sent"),
+        (SEEN_RST, ENDED._replace(cause="RAISED"), "expected RST"),
+        (
+            SEEN_RST._replace(work=Work.EOF_RAISE, close="FIN", received=100),
+            ENDED_RST._replace(peer="FIN", fin_sent_before_reset=True),
+            "expected FIN",
+        ),
     ],
 )
 def test_lie_is_found(seen: Seen, ended: Ended | None, reason: str) -> None:
