@@ -219,7 +219,7 @@ class _Unblocked:
     Given a time-out, it would wait by itself, and the event loop with it.
     """
 
-    __slots__ = ("_sock",)
+    __slots__ = ("__weakref__", "_sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
