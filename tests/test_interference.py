@@ -27,7 +27,7 @@ from anyio_rst import (
     Drain,
     PeerClose,
     PeerReset,
-    _sockets,
+    _tcp_info,
     connection_scope,
 )
 
@@ -308,8 +308,8 @@ async def test_kernel_that_cannot_tell_is_believed(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As gVisor, whose TCP_INQ does not count the FIN: no false alarm."""
-    monkeypatch.setattr(_sockets, "_has_fin", lambda sock: False)
-    monkeypatch.setattr(_sockets, "_tells_of_fin", lambda: False)
+    monkeypatch.setattr(_tcp_info, "_has_fin", lambda sock: False)
+    monkeypatch.setattr(_tcp_info, "_tells_of_fin", lambda: False)
 
     async def handler(conn: Connection) -> None:
         await conn.send_eof()

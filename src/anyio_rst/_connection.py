@@ -28,8 +28,8 @@ from ._ending import (
     left_by,
     verdict,
 )
-from ._io import RECEIVE_SIZE
 from ._lifecycle import Lifecycle
+from ._origin import RECEIVE_SIZE
 from ._takeover import put_under
 from ._task_group import ConnectionTaskGroup, is_stopped
 from ._tls import SecureStream, check_tls

@@ -10,50 +10,22 @@ import errno
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from anyio import (
-    BrokenResourceError,
-    BusyResourceError,
-    ClosedResourceError,
-    EndOfStream,
-)
+from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute, SocketStream
-from anyio.lowlevel import (
-    cancel_shielded_checkpoint,
-    checkpoint,
-    checkpoint_if_cancelled,
-)
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 
-from . import _sockets
+from . import _sockets, _tcp_info
 from ._forking import copy_of
+from ._origin import RECEIVE_SIZE
 from ._peer import ConnectionLost, PeerClose, PeerReset
 from ._waiting import reader_for, tell_waiters, wait_for_room
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Mapping
-    from typing import Protocol
 
+    from ._origin import Origin
     from ._waiting import Reader
-
-    class Origin(Protocol):
-        """The stream that a socket was taken over from."""
-
-        shares_socket: bool
-        """Whether its socket object is ours, too, or has a descriptor of its own."""
-
-        def loss(self) -> BaseException | None:
-            """How it lost the connection, which the kernel tells only once."""
-
-        def close(self) -> None:
-            """Close it: the connection has ended."""
-
-        def give_back(self) -> SocketStream:
-            """The stream, which is used again."""
-            ...
-
-
-# One read at the most: what AnyIO and Trio take.
-RECEIVE_SIZE = 65536
 
 # A receive gives what is under way one turn of the loop to arrive, since waiting for the
 # socket costs several. After 1, 2, 3 ... in a row that did so in vain, 0, 1, 3 ... others
@@ -329,11 +301,11 @@ class SocketIO(SocketStream):
 
     def fin_is_out(self) -> bool:
         """Whether our FIN has been sent, by whomever."""
-        if self.eof_sent or _sockets.fin_is_out(self._sock):
+        if self.eof_sent or _tcp_info.fin_is_out(self._sock):
             return True
         # A signal handler's exception may have come before the kernel's answer.
         tried = self._has_tried_fin and self._loss is None
-        return tried and _sockets.both_finished(self._sock)
+        return tried and _tcp_info.both_finished(self._sock)
 
     def refuse_users(self) -> None:
         """The verdict has fallen: wake the tasks that wait here, and refuse others."""
@@ -375,16 +347,16 @@ class SocketIO(SocketStream):
         """By the peer's FIN, or a loss: the kernel tells of that only once."""
         self._ask_origin()
         if self._loss is None and self.peer is PeerClose.NONE:
-            why = _sockets.false_end(self._sock)
+            why = _tcp_info.false_end(self._sock)
             if why is None:
                 self.peer = PeerClose.FIN
-            elif _sockets.is_unknown(why):
+            elif _tcp_info.is_unknown(why):
                 self._lost(why)
 
     def _ask_origin(self) -> None:
         """The kernel may have told a loss to the stream that was taken over."""
         loss = self._loss
-        if self._origin is None or (loss is not None and not _sockets.is_unknown(loss)):
+        if self._origin is None or (loss is not None and not _tcp_info.is_unknown(loss)):
             return
         if (loss := self._origin.loss()) is not None:
             self._loss = None
@@ -416,7 +388,7 @@ class SocketIO(SocketStream):
         """Remember the first loss, and make the exception that tells of it."""
         if self._loss is None:
             self._loss = exc.with_traceback(None)  # whose frames refer to this stream
-            if _sockets.is_peers_reset(self._sock, exc):
+            if _tcp_info.is_peers_reset(self._sock, exc):
                 self.peer = PeerClose.RST
         if self.peer is PeerClose.RST:
             return PeerReset(f"the peer reset the connection ({self._loss})")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from anyio import create_task_group, move_on_after
 from anyio.lowlevel import checkpoint
 
-from . import _sockets
+from . import _sockets, _tcp_info
 from ._forking import disown, own
-from ._io import RECEIVE_SIZE, SocketIO
+from ._io import SocketIO
+from ._origin import RECEIVE_SIZE
 from ._peer import PeerClose
 from ._waiting import close_copy, wait_for_room
 
@@ -98,7 +99,7 @@ class NativeStream(SocketIO):
     def reset(self) -> None:
         """Send the RST and close. Synchronous, and good without an event loop."""
         if not self._is_measured:  # before the reset, which empties the queue
-            self.fin_has_left = self.fin_is_out() and _sockets.fin_has_left(self._sock)
+            self.fin_has_left = self.fin_is_out() and _tcp_info.fin_has_left(self._sock)
             self._measure()
         _sockets.reset(self._sock)
         self._close()
@@ -107,7 +108,7 @@ class NativeStream(SocketIO):
         """Whether it has ended by both FINs, and no reset can be sent any more."""
         if not (self._loss is None and self.fin_is_out()):
             return False
-        if not _sockets.both_finished(self._sock):
+        if not _tcp_info.both_finished(self._sock):
             return False
         self.peer = PeerClose.FIN
         return True
@@ -244,7 +245,7 @@ class NativeStream(SocketIO):
                 self._discard(self._undrained, DISCARDED_AT_LAST)
             # What is still queued for a peer that is there, the kernel goes on sending.
             self.fin_has_left = self.eof_sent and (
-                _sockets.fin_has_left(self._sock) or not self._is_lost()
+                _tcp_info.fin_has_left(self._sock) or not self._is_lost()
             )
             self._measure()
             with suppress(OSError):
@@ -300,7 +301,7 @@ class NativeStream(SocketIO):
             close_copy(self._copy)
 
     def _is_lost(self) -> bool:
-        if self._loss is None and (loss := _sockets.loss(self._sock)) is not None:
+        if self._loss is None and (loss := _tcp_info.loss(self._sock)) is not None:
             self._lost(loss)
         return self._loss is not None
 
@@ -309,4 +310,4 @@ class NativeStream(SocketIO):
         self._is_measured = True
 
     def _unacknowledged(self) -> int | None:
-        return _sockets.unacknowledged(self._sock, fin_sent=self.eof_sent)
+        return _tcp_info.unacknowledged(self._sock, fin_sent=self.eof_sent)

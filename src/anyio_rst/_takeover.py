@@ -8,14 +8,10 @@ from __future__ import annotations
 import socket
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, cast
 
 from anyio import (
-    BrokenResourceError,
-    CancelScope,
     ClosedResourceError,
-    EndOfStream,
     aclose_forcefully,
     get_cancelled_exc_class,
 )
@@ -23,20 +19,16 @@ from anyio.abc import ByteStream, SocketAttribute, SocketStream
 from anyio.streams.buffered import BufferedByteReceiveStream, BufferedByteStream
 
 from . import _forking, _sockets
-from ._io import RECEIVE_SIZE
 from ._native import NativeStream
+from ._origin import Origin, Unblocked, is_resting, look_at_sending, read_ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
     from typing import TypeAlias
 
     import trio
 
     Address: TypeAlias = tuple[str, int]
-
-# Checkpoints that a coroutine of AnyIO's streams may pass before it really waits. In a
-# cancelled scope it would go on to pass them for ever.
-MOST_CHECKPOINTS = 3
 
 
 def trio_class(name: str) -> type[object] | tuple[()]:
@@ -110,8 +102,8 @@ class Source:
             native = _from_trio(cast("trio.SocketStream", stream), self._address)
         elif type(stream).__module__ == _ON_TRIO:
             _refuse_if_closed(self._owned)
-            sock: Any = _Unblocked(self._owned)
-            native = NativeStream(sock, self._address, origin=_Origin(stream))
+            sock: Any = Unblocked(self._owned)
+            native = NativeStream(sock, self._address, origin=Origin(stream))
         else:
             native = _from_asyncio(stream, self._owned, self._address)
         return native
@@ -120,8 +112,6 @@ class Source:
 # Where AnyIO's own streams come from. A subclass of somebody else's may do anything.
 _ON_ASYNCIO = "anyio._backends._asyncio"
 _ON_TRIO = "anyio._backends._trio"
-
-_taken: WeakSet[object] = WeakSet()
 
 
 def is_anyios(stream: object) -> bool:
@@ -192,7 +182,7 @@ def _refuse_unless_lost(stream: object) -> None:
     """
     if type(stream).__module__ == _ON_ASYNCIO:
         try:
-            _look_at_sending(cast("SocketStream", stream))
+            look_at_sending(cast("SocketStream", stream))
         except ClosedResourceError:
             pass
         else:
@@ -201,7 +191,7 @@ def _refuse_unless_lost(stream: object) -> None:
 
 
 def _refuse_if_taken(stream: object) -> None:
-    if stream in _taken or (isinstance(stream, NativeStream) and not stream.is_free):
+    if is_resting(stream) or (isinstance(stream, NativeStream) and not stream.is_free):
         raise RuntimeError(
             f"the {type(stream).__qualname__} is in another connection_scope() already; "
             "a scope in a scope takes the Connection"
@@ -213,68 +203,6 @@ def _refuse_if_closed(sock: _sockets.SocketLike) -> None:
         raise ClosedResourceError("the stream is closed already")
 
 
-class _Unblocked:
-    """The socket object of AnyIO's stream on Trio, which its user has as well.
-
-    Given a time-out, it would wait by itself, and the event loop with it.
-    """
-
-    __slots__ = ("__weakref__", "_sock")
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-
-    def recv(self, size: int, flags: int) -> bytes:
-        _sockets.never_block(self._sock)
-        return self._sock.recv(size, flags)
-
-    def send(self, data: bytes, flags: int) -> int:
-        _sockets.never_block(self._sock)
-        return self._sock.send(data, flags)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-class _Origin:
-    """A stream of AnyIO's or Trio's that rests."""
-
-    def __init__(
-        self,
-        stream: Any,
-        *,
-        transport_socket: _sockets.SocketLike | None = None,
-        knows_more: bool = False,
-    ) -> None:
-        self.shares_socket = transport_socket is None
-        self._stream = stream
-        self._transport_socket = transport_socket
-        self._knows_more = knows_more
-        _taken.add(stream)
-        if transport_socket is not None:
-            _forking.own(self)
-
-    def fileno(self) -> int:
-        """The transport's descriptor; -1 once it has closed that."""
-        sock = self._transport_socket
-        return -1 if sock is None else sock.fileno()
-
-    def loss(self) -> BaseException | None:
-        # A transport says what it was told in the turn after that.
-        return _read_ahead(self._stream).loss if self._knows_more else None
-
-    def close(self) -> None:
-        _taken.discard(self._stream)
-        # Closed before its first checkpoint, for which there is no time in a reset.
-        with suppress(Exception):
-            _run_to_wait(self._stream.aclose())
-
-    def give_back(self) -> Any:
-        _taken.discard(self._stream)
-        _forking.disown(self)
-        return self._stream
-
-
 def _from_trio(stream: trio.SocketStream, address: Address | None) -> NativeStream:
     old = stream.socket
     _refuse_if_closed(old)
@@ -282,7 +210,7 @@ def _from_trio(stream: trio.SocketStream, address: Address | None) -> NativeStre
     # that each sees it when the other closes it.
     sock = socket.socket(old.family, old.type, old.proto, fileno=old.detach())
     stream.socket = sys.modules["trio"].socket.from_stdlib_socket(sock)
-    return NativeStream(sock, address, origin=_Origin(stream))
+    return NativeStream(sock, address, origin=Origin(stream))
 
 
 def _from_asyncio(
@@ -299,8 +227,8 @@ def _from_asyncio(
         # The event loop refuses a reader on a descriptor that a transport has.
         sock = _sockets.duplicate(transport_socket)
     try:
-        sending = _look_at_sending(stream)  # first: a task may be, and goes on
-        ahead = _read_ahead(stream)
+        sending = look_at_sending(stream)  # first: a task may be, and goes on
+        ahead = read_ahead(stream)
         if sock is None:
             if ahead.loss is None:
                 raise ClosedResourceError("the stream is closed already")
@@ -311,7 +239,7 @@ def _from_asyncio(
         return NativeStream(
             sock,
             address,
-            origin=_Origin(
+            origin=Origin(
                 stream,
                 transport_socket=transport_socket,
                 knows_more=ahead.has_ended or sending.torn,
@@ -327,80 +255,11 @@ def _from_asyncio(
         raise
 
 
-class _Ahead(NamedTuple):
-    """What a transport has read, and whether it has come to an end, or how."""
-
-    data: bytes
-    has_ended: bool = False
-    loss: BaseException | None = None
-
-
-def _read_ahead(stream: SocketStream) -> _Ahead:
-    """Receive what does not have to be waited for.
-
-    The receive that would wait is dropped, which pauses the transport.
-    """
-    chunks: list[bytes] = []
-    while True:
-        try:
-            chunk = _run_to_wait(stream.receive(RECEIVE_SIZE))
-        except EndOfStream:
-            return _Ahead(b"".join(chunks), has_ended=True)
-        except BrokenResourceError as exc:
-            return _Ahead(b"".join(chunks), loss=exc.__cause__ or exc)
-        if chunk is _WAITS:
-            return _Ahead(b"".join(chunks))
-        chunks.append(chunk)
-
-
-class _Sending(NamedTuple):
-    torn: bool = False
-    eof_sent: bool = False
-
-
-def _look_at_sending(stream: SocketStream) -> _Sending:
-    """What the transport has not sent yet of what it was given, and whether a FIN was."""
-    try:
-        waits = _run_to_wait(stream.send(b""))
-        if waits is _CHECKPOINTS:
-            # In a cancelled scope it does not come so far as to wait.
-            with CancelScope(shield=True):  # noqa: ASYNC100 - it is run by hand
-                waits = _run_to_wait(stream.send(b""))
-    except BrokenResourceError:
-        return _Sending()
-    except RuntimeError:  # "Cannot call write() after write_eof()"
-        return _Sending(eof_sent=True)
-    return _Sending(torn=waits is _WAITS)
-
-
 async def discard(stream: Any) -> None:
     """Reset and close *stream*, for which there is no scope."""
     with suppress(Exception):
         _sockets.reset(stream.extra(SocketAttribute.raw_socket))
     await aclose_forcefully(stream)
-
-
-_WAITS = object()
-_CHECKPOINTS = object()
-
-
-def _run_to_wait(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run *coroutine* as far as it goes without waiting.
-
-    A checkpoint, a bare `yield` on asyncio, is no wait.
-
-    Returns:
-      Its result; `_WAITS`; or `_CHECKPOINTS`, after too many of them.
-    """
-    try:
-        for _ in range(MOST_CHECKPOINTS):
-            if coroutine.send(None) is not None:
-                return _WAITS
-    except StopIteration as stop:
-        return stop.value
-    finally:
-        coroutine.close()
-    return _CHECKPOINTS
 
 
 def put_under(buffer: BufferedByteReceiveStream, stream: Any) -> None:

@@ -16,7 +16,7 @@ from anyio import (
 )
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from ._io import RECEIVE_SIZE
+from ._origin import RECEIVE_SIZE
 from ._peer import ConnectionLost, PeerClose
 from ._takeover import trio_class
 from ._tls_engines import AnyIOEngine, Transport, WrappingTLSStream

@@ -16,7 +16,7 @@ from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-from ._io import RECEIVE_SIZE
+from ._origin import RECEIVE_SIZE
 from ._peer import ConnectionLost
 from ._takeover import trio_class
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from anyio import BrokenResourceError, fail_after, move_on_after, wait_writable
 from anyio.streams.tls import TLSAttribute
 
-from anyio_rst import _sockets
+from anyio_rst import _sockets, _tcp_info
 from anyio_rst._native import NativeStream
 from anyio_rst._peer import PeerClose, PeerReset
 
@@ -99,7 +99,7 @@ async def connect_to(family: int, kind: int, protocol: int, address: Any) -> Nat
         with suppress(BlockingIOError):
             sock.connect(address)
         await wait_writable(sock)
-        loss = _sockets.loss(sock)
+        loss = _tcp_info.loss(sock)
         # A server that resets at once has not refused: that is ECONNREFUSED. EPIPE is
         # its reset after its FIN, which is there to be read.
         if loss is not None and loss.errno == errno.EPIPE:

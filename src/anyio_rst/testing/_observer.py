@@ -22,7 +22,7 @@ from anyio import (
 from anyio.lowlevel import checkpoint
 
 from anyio_rst import _sockets
-from anyio_rst._io import RECEIVE_SIZE
+from anyio_rst._origin import RECEIVE_SIZE
 from anyio_rst._peer import PeerClose
 
 if TYPE_CHECKING:

@@ -1,0 +1,191 @@
+"""What the kernel knows of a TCP connection, without being told to do anything."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import socket
+import struct
+import sys
+
+from ._sockets import DONTWAIT, PEEK, RESET_ERRNOS, pending_error
+
+
+def loss(sock: socket.socket) -> OSError | None:
+    """What ended the connection, or None if it has not ended.
+
+    ENOTCONN if that has been told before, or if both sides have finished.
+    """
+    error = pending_error(sock)
+    if error is None:
+        try:
+            sock.getpeername()
+        except OSError as exc:
+            error = exc
+    return error
+
+
+def is_unknown(loss: BaseException) -> bool:
+    """Whether *loss* only says that there is no connection, and not why."""
+    return isinstance(loss, OSError) and loss.errno == errno.ENOTCONN
+
+
+def is_peers_reset(sock: socket.socket, loss: BaseException) -> bool:
+    """Whether *loss* is a reset by the peer, and not by another owner of *sock*."""
+    is_reset = isinstance(loss, OSError) and loss.errno in RESET_ERRNOS
+    return is_reset and not _is_dissolved(sock)
+
+
+if sys.platform == "linux":
+    from fcntl import ioctl
+    from termios import FIONREAD, TIOCOUTQ
+
+    # Our FIN has been queued: RFC 9293, 3.3.2; numbers of linux/tcp_states.h.
+    _FINISHED = {4, 5, 6, 9, 11}  # FIN_WAIT1 and 2, TIME_WAIT, LAST_ACK, CLOSING
+    _BOTH_FINISHED = {6, 9, 11}  # the peer's has arrived as well
+    _PEER_FINISHED = _BOTH_FINISHED | {8}  # CLOSE_WAIT
+    _CLOSED = 7  # by both FINs, or by an RST
+
+    # Not in Python's modules: linux/sockios.h, linux/tcp.h.
+    _SIOCOUTQNSD = 0x894B
+    _TCP_INQ = 36
+
+    def fin_is_out(sock: socket.socket) -> bool:
+        """Whether our side has finished."""
+        try:
+            return _state(sock) in _FINISHED
+        except OSError:
+            return False
+
+    def _state(sock: socket.socket) -> int:
+        """tcpi_state of tcp(7), a number of linux/tcp_states.h."""
+        state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state
+
+    def false_end(sock: socket.socket) -> OSError | None:
+        """Why the input of *sock* ended without a FIN; None if with one, or not known.
+
+        To recv(2) an end is an end: that which the peer's FIN makes, that of a lost
+        connection whose SO_ERROR somebody else has read (ENOTCONN), and what somebody
+        else has made by shutdown(SHUT_RD) (ESHUTDOWN).
+        """
+        try:
+            state = _state(sock)
+            if state in _PEER_FINISHED or _may_have_fin(sock):
+                return None
+        except OSError:
+            return None
+        code = errno.ENOTCONN if state == _CLOSED else errno.ESHUTDOWN
+        return OSError(code, os.strerror(code))
+
+    def _may_have_fin(sock: socket.socket) -> bool:
+        return _has_fin(sock) or not _tells_of_fin()
+
+    def _has_fin(sock: socket.socket) -> bool:
+        """Whether a FIN has been received on *sock*.
+
+        TCP_CM_INQ, the bytes that wait, counts it as one, also when it has been read
+        (tcp_inq_hint() in net/ipv4/tcp.c, from Linux 5.1 on), and SIOCINQ does not.
+        """
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_INQ, 1)
+        size = socket.CMSG_SPACE(4)
+        for *_, told in sock.recvmsg(1, size, PEEK | DONTWAIT)[1]:
+            waiting: int = struct.unpack("i", told)[0]
+            return waiting != _queue_size(sock, FIONREAD)
+        return True
+
+    @functools.cache
+    def _tells_of_fin() -> bool:
+        """Whether this kernel has :func:`_has_fin` right: asked of a FIN of our own."""
+        with socket.socket() as own:
+            own.setblocking(False)
+            own.bind(("127.0.0.1", 0))
+            own.connect_ex(own.getsockname())  # to itself: RFC 9293, 3.5
+            own.shutdown(socket.SHUT_WR)
+            return own.recv(1) == b"" and _has_fin(own)
+
+    def _is_dissolved(sock: socket.socket) -> bool:
+        # As by reset(): first it says ECONNRESET, as after a reset by the peer.
+        try:
+            sock.recv(1, PEEK | DONTWAIT)
+        except OSError as exc:
+            return exc.errno == errno.ENOTCONN
+        return False
+
+    def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
+        """Bytes sent that the peer's TCP has not acknowledged; None if it can't tell.
+
+        SIOCOUTQ of tcp(7), which counts the FIN as one byte more.
+        """
+        queued = _queue_size(sock, TIOCOUTQ)
+        return queued - 1 if fin_sent and queued else queued
+
+    def fin_has_left(sock: socket.socket) -> bool:
+        """Whether the FIN that was queued has been sent: nothing is in the queue unsent.
+
+        So it stays after a reset, which a FIN behind a closed window does not survive.
+        """
+        return not _queue_size(sock, _SIOCOUTQNSD)
+
+    def both_finished(sock: socket.socket) -> bool:
+        """Whether both FINs are out, and an RST would not be sent any more.
+
+        That is so in tcp_disconnect() of net/ipv4/tcp.c, and in RFC 9293, 3.10.5.
+        """
+        try:
+            state = _state(sock)
+            return (state in _BOTH_FINISHED and fin_has_left(sock)) or (
+                state == _CLOSED and pending_error(sock) is None and _may_have_fin(sock)
+            )
+        except OSError:
+            return False
+
+    def _queue_size(sock: socket.socket, request: int) -> int | None:
+        try:
+            answer = ioctl(sock.fileno(), request, b"\0" * 4)
+        except (OSError, ValueError):  # ValueError: sock is closed
+            return None
+        size: int = struct.unpack("i", answer)[0]
+        return size
+
+    def backlog(listener: socket.socket) -> int | None:
+        """How many connections wait to be accepted: tcpi_unacked of a listening socket.
+
+        So tcp_get_info() of net/ipv4/tcp.c has it, the fifth of the ints behind 8 bytes.
+        """
+        try:
+            info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        except OSError:
+            return None
+        size: int = struct.unpack("24xI", info)[0]
+        return size
+else:
+
+    def fin_is_out(sock: socket.socket) -> bool:
+        """Not known here."""
+        return False
+
+    def false_end(sock: socket.socket) -> OSError | None:
+        """Why the input of *sock* ended without a FIN: not known here."""
+        return None
+
+    def _is_dissolved(sock: socket.socket) -> bool:
+        return False
+
+    def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
+        """Bytes sent that the peer's TCP has not acknowledged: not known here."""
+        return None
+
+    def fin_has_left(sock: socket.socket) -> bool:
+        """Not known here: taken for granted."""
+        return True
+
+    def both_finished(sock: socket.socket) -> bool:
+        """Whether there is no connection any more, and nothing has broken it."""
+        error = loss(sock)
+        return error is not None and error.errno == errno.ENOTCONN
+
+    def backlog(listener: socket.socket) -> int | None:
+        """How many connections wait to be accepted: not known here."""
+        return None
