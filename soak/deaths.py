@@ -1,8 +1,9 @@
 """Servers that are killed while a child, which they have forked, lives on.
 
-Each has peers of its own. All of them are connected, and most in the middle of their
-work, when the server forks, and soon after it is killed: SIGKILL. The child does nothing,
-and outlives what is seen of the connections, so whatever it would keep open is found.
+Each has peers of its own. All of them have been heard, and most are in the middle of
+their work, when the server forks, and soon after it is killed: SIGKILL. The child does
+nothing, and outlives what is seen of the connections, so whatever it would keep open is
+found.
 """
 
 from __future__ import annotations
@@ -79,11 +80,11 @@ def die(
 
 
 def _until_accepted(server: Process) -> None:
-    """All of the peers: else nobody would answer for those in the backlog."""
+    """All of the peers, and in their scopes: no others are those of the library."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         status = server.ask("status")
-        if status["open"] + status["ended"] >= PEERS:
+        if status["begun"] >= PEERS:
             return
         time.sleep(POLL)
     raise Stuck("the server that is to be killed does not get its connections")

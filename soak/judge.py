@@ -19,6 +19,7 @@ class Verdict(enum.Enum):
     NEVER_SCOPED = "the peer reset before its scope began"
     NEVER_CONNECTED = "no handshake across the link"
     VANISHED = "the peer had vanished on the link"
+    SERVER_TOO_LATE = "the server's machine had no time, and it timed out"
     PEER_TOO_LATE = "the peer reset after the limit of the drain"
     CUT_OFF = "FIN, and then cut off at the limit of the drain"
     KILLED = "the server had been killed"
@@ -166,9 +167,9 @@ def _check_cause(seen: Seen, ended: Ended, flow: Flow | None) -> None:
         _check(ended.cause in causes or gone, "an unexpected cause")
         waited = seen.manner == Manner.WAITING.value or ended.number is None
         _check(not waited or ended.kind == "RST", "FIN of a handler that cannot return")
-    elif (
-        flow is None or (ended.kind, ended.cause, ended.error) != TIMED_OUT
-    ):  # on the link all may fail
+    elif not (
+        _timed_out(ended) and (flow is not None or ended.had_no_time)
+    ):  # as all may across the link
         kind, cause = EXPECTED[Work(seen.work)]
         if seen.work == Work.EOF_RAISE and ended.peer == "FIN":
             kind = "FIN"  # it was over before the failure, by both FINs
@@ -176,6 +177,12 @@ def _check_cause(seen: Seen, ended: Ended, flow: Flow | None) -> None:
         _check(ended.cause == cause, f"expected {cause}")
     eof_sent = seen.work == Work.EOF_RAISE and ended.number is not None
     _check(ended.fin_sent_before_reset <= eof_sent, "a FIN before the reset, of whom?")
+
+
+def _timed_out(ended: Ended) -> bool:
+    if ended.number is None and Way(ended.way).is_tls and ended.kind == "RST":
+        return ended.cause == "CANCELLED" or ended.error == "TimeoutError"
+    return (ended.kind, ended.cause, ended.error) == TIMED_OUT
 
 
 def _check_counts(seen: Seen, ended: Ended) -> None:
@@ -201,6 +208,8 @@ def _check_counts(seen: Seen, ended: Ended) -> None:
 def _reset_by_peer(ended: Ended, flow: Flow | None) -> Verdict:
     if ended.peer == "RST":
         return Verdict.AGREED
+    if _timed_out(ended) and ended.had_no_time:
+        return Verdict.SERVER_TOO_LATE
     if flow is not None and flow.server.reset_is_lost:
         return Verdict.PEER_RST_LOST
     if ended.kind == "FIN" and ended.peer == "NONE":

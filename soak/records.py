@@ -15,6 +15,7 @@ from .plans import DRAIN_TIMEOUT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+LATE = 1.0  # seconds, which no machine is that has time for the soak
 GONE = (errno.ECONNRESET, errno.EPIPE)
 
 
@@ -65,6 +66,16 @@ class Ended(NamedTuple):
     drained: float | None
     """Seconds from the end of the handler's work to that of the connection."""
     way: str
+    late: float
+    """By how much the server's event loop was late at most, in the last 3 seconds."""
+
+    @property
+    def had_no_time(self) -> bool:
+        """Whether the loop may have found a time-out before what came before it.
+
+        A peer's process may be stopped for half of the time, too.
+        """
+        return self.late > LATE
 
     @property
     def waited_in_vain(self) -> bool:

@@ -18,7 +18,7 @@ import resource
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ BACKLOG = 4096
 # Fewer than the server itself has open, so that there is none for a connection.
 NO_DESCRIPTORS = 4
 STARVED_AT_MOST = 5.0  # seconds
+WATCH_EVERY = 0.1
 
 PAGE_SIZE = resource.getpagesize()
 
@@ -70,6 +71,8 @@ class Soaked:
     def __init__(self, endings: TextIO, context: ssl.SSLContext) -> None:
         self.records = Records()
         self.ended = 0  # on loopback
+        self.begun = 0  # requests
+        self._late: deque[tuple[float, float]] = deque()  # when, and how much
         self._children = 0
         self._endings = endings
         self._requests: dict[Connection, Request] = {}
@@ -88,6 +91,7 @@ class Soaked:
             while len(header) < REQUEST.size:
                 header += await conn.receive(REQUEST.size - len(header))
             request = self._requests[conn] = Request(header)
+        self.begun += 1
         # Not a later deadline for the same scope, which may have been cancelled by now.
         with fail_after(request.timeout):
             try:
@@ -118,6 +122,7 @@ class Soaked:
             type(outcome.error).__name__ if isinstance(outcome, Error) else None,
             drained,
             way.value,
+            self.late(),
         )
         self._write(line)
 
@@ -127,13 +132,26 @@ class Soaked:
         """A connection that has never come into a scope."""
         host, port = address or (None, None)
         ending = ("REFUSED", "", "NONE", 0, None, False, type(exc).__name__, None)
-        self._write((host, port, None, *ending, way.value))
+        self._write((host, port, None, *ending, way.value, self.late()))
 
     def _write(self, line: tuple[object, ...]) -> None:
         """The fields of `judge.Ended`."""
         self._endings.write(json.dumps(line) + "\n")
         # The others are across the link, where every address is known.
         self.ended += line[0] is None or str(line[0]).startswith(LOOPBACK)
+
+    async def watch(self) -> None:
+        """How late the event loop is, of late."""
+        while True:
+            due = anyio.current_time() + WATCH_EVERY
+            await anyio.sleep(WATCH_EVERY)
+            self._late.append((now := anyio.current_time(), now - due))
+            while self._late[0][0] < now - REQUEST_TIMEOUT:
+                self._late.popleft()
+
+    def late(self) -> float:
+        """At most, in seconds, within the last that a request may take."""
+        return max((late for _, late in self._late), default=0.0)
 
     def note(self, fault: str) -> None:
         self.records.counts[fault] += 1
@@ -145,6 +163,7 @@ class Soaked:
         return {
             "open": still_open + self.scopes.open,
             "ended": self.ended,
+            "begun": self.begun,
             "children": self._children,
         }
 
@@ -255,6 +274,7 @@ async def serve(
         for way in ways:
             if way.is_scope:
                 ports[way.name] = await soaked.scopes.listen(way, tg)
+        tg.start_soon(soaked.watch)
         say({"ports": ports})
         await soaked.obey()
         tg.cancel_scope.cancel()

@@ -90,6 +90,7 @@ ENDED = Ended(
     error=None,
     drained=0.01,
     way=Way.NATIVE.value,
+    late=0.0,
 )
 SEEN_RST = SEEN._replace(kind="failing", work=Work.RAISE, close="RST", received=50)
 ENDED_RST = ENDED._replace(kind="RST", cause="RAISED", peer="NONE", error="Failure")
@@ -526,6 +527,17 @@ def test_late_reset_of_a_peer_is_explained_only_by_a_drain_to_its_limit() -> Non
     assert judge(seen, ended, None)[0] is Verdict.PEER_TOO_LATE
     early = ended._replace(drained=DRAIN_TIMEOUT / 2)
     assert judge(seen, early, None)[0] is Verdict.DISAGREEMENT
+
+
+def test_time_out_is_explained_by_a_server_that_had_no_time() -> None:
+    late = ENDED_RST._replace(error="TimeoutError", late=1.5)
+    reset = SEEN_RESET, late._replace(number=None)
+    assert judge(*reset, None)[0] is Verdict.SERVER_TOO_LATE
+    assert judge(SEEN._replace(close="RST"), late, None)[0] is Verdict.AGREED
+    for change in ({"late": 0.5}, {"error": "Failure"}):
+        other = late._replace(**change)
+        assert judge(SEEN_RESET, other, None)[0] is Verdict.DISAGREEMENT
+        assert judge(SEEN._replace(close="RST"), other, None)[0] in WRONG
 
 
 def test_missing_ending_is_explained_only_if_nothing_reached_the_server() -> None:
