@@ -112,6 +112,9 @@ def _judge(seen: Seen, ended: Ended | None, flow: Flow | None) -> Verdict:
         return _never_accepted(seen, flow)
     _check(seen.way == ended.way, "it came another way")
     if ended.kind == "REFUSED":
+        if ended.error == "TimeoutError" and ended.had_no_time:
+            _check(seen.received == 0, "an answer without a scope")
+            return Verdict.SERVER_TOO_LATE  # for the handshake before the scope
         _check(seen.close == "RESET", "no scope, and the peer had not reset")
         return Verdict.NEVER_SCOPED
     _check(seen.connected, "an Ending of a connection that was never made")

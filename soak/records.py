@@ -67,7 +67,7 @@ class Ended(NamedTuple):
     """Seconds from the end of the handler's work to that of the connection."""
     way: str
     late: float
-    """By how much the server's event loop was late at most, in the last 3 seconds."""
+    """How much of the last 3 seconds the server's event loop was late, in seconds."""
 
     @property
     def had_no_time(self) -> bool:

@@ -150,8 +150,8 @@ class Soaked:
                 self._late.popleft()
 
     def late(self) -> float:
-        """At most, in seconds, within the last that a request may take."""
-        return max((late for _, late in self._late), default=0.0)
+        """In all, in seconds, within the last that a request may take."""
+        return sum(late for _, late in self._late)
 
     def note(self, fault: str) -> None:
         self.records.counts[fault] += 1

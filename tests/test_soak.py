@@ -534,6 +534,10 @@ def test_time_out_is_explained_by_a_server_that_had_no_time() -> None:
     reset = SEEN_RESET, late._replace(number=None)
     assert judge(*reset, None)[0] is Verdict.SERVER_TOO_LATE
     assert judge(SEEN._replace(close="RST"), late, None)[0] is Verdict.AGREED
+    refused = REFUSED._replace(error="TimeoutError")
+    no_scope = SEEN_RST._replace(way=Way.SCOPE.value, received=0)
+    assert judge(no_scope, refused._replace(late=1.5), None)[0] is Verdict.SERVER_TOO_LATE
+    assert judge(no_scope, refused, None)[0] is Verdict.DISAGREEMENT
     for change in ({"late": 0.5}, {"error": "Failure"}):
         other = late._replace(**change)
         assert judge(SEEN_RESET, other, None)[0] is Verdict.DISAGREEMENT
