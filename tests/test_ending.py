@@ -100,6 +100,10 @@ def test_an_ending_is_immutable() -> None:
         discarded=0,
         unacknowledged=0,
         fin_sent_before_reset=False,
+        duration=1.5,
+        sent=6,
+        received=3,
+        tls=None,
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         ending.kind = CloseKind.RST  # type: ignore[misc]

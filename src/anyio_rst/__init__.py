@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ._connect import connect_tcp
 from ._connection import Connection
-from ._ending import Cause, CloseKind, Ending
+from ._ending import Cause, CloseKind, Ending, FinishOn, TLSSession
 from ._limits import Drain
-from ._peer import PeerClose, PeerReset
-from ._scope import connection_scope, scoped
+from ._peer import ConnectionLost, PeerClose, PeerReset
+from ._scope import TCPStream, connection_scope, scoped
 from ._serve import serve_tcp
 from ._server import Server
 from ._statistics import ServerStatistics
@@ -16,12 +16,16 @@ __all__ = [
     "Cause",
     "CloseKind",
     "Connection",
+    "ConnectionLost",
     "Drain",
     "Ending",
+    "FinishOn",
     "PeerClose",
     "PeerReset",
     "Server",
     "ServerStatistics",
+    "TCPStream",
+    "TLSSession",
     "connect_tcp",
     "connection_scope",
     "scoped",

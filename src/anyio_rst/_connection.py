@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from anyio import (
     BusyResourceError,
     ClosedResourceError,
-    TypedAttributeSet,
     current_effective_deadline,
-    typed_attribute,
 )
-from anyio.abc import SocketStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.buffered import BufferedByteReceiveStream
 from outcome import Error, Value
 
+from ._conversation import Conversation
 from ._ending import (
     KIND_OF,
     Cause,
@@ -29,15 +27,11 @@ from ._ending import (
     verdict,
 )
 from ._lifecycle import Lifecycle
-from ._origin import RECEIVE_SIZE
 from ._takeover import put_under
 from ._task_group import ConnectionTaskGroup, is_stopped
-from ._tls import SecureStream, check_tls
 
 if TYPE_CHECKING:
     import socket
-    import ssl
-    from collections.abc import Callable, Coroutine, Mapping
     from types import TracebackType
 
     from anyio.abc import ByteStream, TaskGroup
@@ -49,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Connection"]
 
 
-class Connection(SocketStream):
+class Connection(Conversation):
     """A TCP connection whose end tells the truth.
 
     An :class:`anyio.abc.SocketStream`, made by :func:`connection_scope`,
@@ -73,10 +67,7 @@ class Connection(SocketStream):
         "_ending",
         "_finish_on",
         "_lent",
-        "_life",
         "_outcome",
-        "_sink",
-        "_source",
     )
 
     def __init__(
@@ -87,13 +78,10 @@ class Connection(SocketStream):
         drain: Drain | None,
         shared: Lifecycle | None = None,
     ) -> None:
+        super().__init__(Lifecycle(native) if shared is None else shared)
         self._finish_on = finish_on
         self._drain = drain
-        self._life = Lifecycle(native) if shared is None else shared
         self._lent: object = None  # in a scope within a scope: what it was given
-        # Where a wrapper is in between: who receives, and who sends and is to be closed.
-        self._source: BufferedByteReceiveStream | ByteStream | None = None
-        self._sink: ByteStream | None = None
         self._at_entry: BaseException | None = None
         self._outcome: Value[object] | Error | None = None
         self._ending: Ending | None = None
@@ -116,77 +104,6 @@ class Connection(SocketStream):
             # Ended before the body was left, or by a scope within this one.
             ending = self._ending = replace(ending, outcome=self._outcome)
         return ending
-
-    @property
-    def _raw_socket(self) -> socket.socket:
-        return self._life.native._raw_socket
-
-    @property
-    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
-        stream = self._life.stream if self._source is None else self._source
-        return {**stream.extra_attributes, ConnectionAttribute.connection: lambda: self}
-
-    # Not async themselves: one coroutine more would be 2 % of a short message, and 3 % of
-    # the memory of an idle connection. To Pyright an async function returns more than a
-    # Coroutine, to Mypy it does not.
-
-    def receive(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, max_bytes: int = RECEIVE_SIZE
-    ) -> Coroutine[Any, Any, bytes]:
-        """Receive at most *max_bytes* bytes, and at least one.
-
-        Raises:
-          anyio.EndOfStream: the peer sent its FIN.
-          PeerReset: the peer reset the connection.
-          anyio.BrokenResourceError: the connection was lost in another way.
-          anyio.ClosedResourceError: it was ended here.
-          anyio.BusyResourceError: another task is receiving.
-          ValueError: *max_bytes* is less than 1.
-        """
-        life = self._life
-        if life.cause is not None:
-            return _refuse()
-        stream = life.stream if self._source is None else self._source
-        return stream.receive(max_bytes)
-
-    def send(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, item: bytes
-    ) -> Coroutine[Any, Any, None]:
-        """Send all of *item*, any bytes-like object.
-
-        If this is interrupted after some of the bytes, the connection is torn: it can
-        only end with an RST, and nothing more can be sent on it.
-
-        Raises:
-          PeerReset: the peer reset the connection.
-          anyio.BrokenResourceError: it was lost in another way, or an earlier send was
-            interrupted.
-          anyio.ClosedResourceError: it was ended here, or `send_eof()` was called.
-          anyio.BusyResourceError: another task is sending.
-          TypeError: *item* is not bytes-like.
-        """
-        life = self._life
-        if life.cause is not None:
-            return _refuse()
-        stream = life.stream if self._sink is None else self._sink
-        return stream.send(item)
-
-    async def send_eof(self) -> None:
-        """Send the FIN and go on receiving (half-close, RFC 9293, 3.6).
-
-        It commits you: a peer on Linux that only reads takes it for a clean end, and a
-        failure after it can no longer be told to that peer. See
-        :attr:`Ending.fin_sent_before_reset`.
-
-        Raises:
-          anyio.BrokenResourceError: an earlier send was interrupted.
-          anyio.ClosedResourceError: the connection was ended here.
-          anyio.BusyResourceError: another task is sending.
-        """
-        life = self._life
-        if life.cause is not None:
-            await _refuse()
-        await (life.stream if self._sink is None else self._sink).send_eof()
 
     async def aclose(self) -> None:
         """Finish now: FIN, drain, close. The explicit success.
@@ -242,65 +159,6 @@ class Connection(SocketStream):
             put_under(self._source, stream)
             return self._source
         return stream
-
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext | None = None,
-        *,
-        server_side: bool | None = None,
-        hostname: str | None = None,
-        standard_compatible: bool = True,
-    ) -> None:
-        """Upgrade to TLS in place (STARTTLS), by AnyIO's `TLSStream`.
-
-        From then on a FIN is preceded by a close_notify, and an RST is not. A peer's FIN
-        that no close_notify precedes is :exc:`anyio.BrokenResourceError`. `send_eof()`
-        raises :exc:`NotImplementedError`. A handshake that fails or is cancelled resets
-        the connection; if it fails here, the peer is sent the TLS alert that says why
-        (RFC 8446, 6.2).
-
-        It holds for all scopes on the connection. What others send or receive in the
-        meantime is refused with :exc:`anyio.BusyResourceError`.
-
-        Args:
-          ssl_context: with a certificate on the server's side, where it is needed; on
-            the client's, None for the default context of :mod:`ssl`.
-          server_side: which side this is; None to tell it from the context, or from
-            whether there is a *hostname*.
-          hostname: of the peer, on the client's side, to be checked.
-          standard_compatible: False, as in AnyIO, for protocols that delimit
-            themselves: no close_notify is sent, and the peer's FIN without one is
-            :exc:`anyio.EndOfStream`.
-
-        Raises:
-          ssl.SSLError: the handshake failed.
-          PeerReset: the peer reset the connection in the middle of it.
-          anyio.BrokenResourceError: it was lost in another way; or plaintext that came
-            before the handshake is in a buffer, and would surface after it
-            (CVE-2011-0411). The connection is reset then as well.
-          anyio.BusyResourceError: a task is waiting in the connection.
-          anyio.ClosedResourceError: the connection has ended.
-          TypeError, ValueError: the arguments do not fit each other, or this side.
-          RuntimeError: TLS has been started.
-        """
-        server_side = check_tls(ssl_context, server_side, hostname)
-        life = self._life
-        if life.cause is not None:
-            await _refuse()
-        if isinstance(life.stream, SecureStream):
-            raise RuntimeError("TLS has been started on this connection")
-        if life.stream.busy:
-            raise BusyResourceError("using")
-        try:
-            await life.start_tls(
-                ssl_context=ssl_context,
-                server_side=server_side,
-                hostname=hostname,
-                standard_compatible=standard_compatible,
-            )
-        except BaseException as exc:
-            self._reset(cause_of_exit(exc, ()))
-            raise
 
     def create_task_group(self) -> TaskGroup:
         """An AnyIO task group that is tied to the connection.
@@ -380,14 +238,3 @@ class Connection(SocketStream):
 
     def _reset(self, cause: Cause) -> None:
         self._life.reset(cause, self._outcome)
-
-
-async def _refuse() -> NoReturn:
-    await checkpoint()
-    raise ClosedResourceError
-
-
-class ConnectionAttribute(TypedAttributeSet):
-    """How a scope finds the connection inside of a wrapper around it."""
-
-    connection: Connection = typed_attribute()

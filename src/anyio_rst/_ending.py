@@ -10,7 +10,7 @@ import enum
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from anyio import get_cancelled_exc_class
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-__all__ = ["Cause", "CloseKind", "Ending", "FinishOn"]
+__all__ = ["Cause", "CloseKind", "Ending", "FinishOn", "TLSSession"]
 
 FinishOn: TypeAlias = "type[BaseException] | Iterable[type[BaseException]]"
+"""What *finish_on* takes: one type of exception, or several."""
 
 
 class CloseKind(enum.Enum):
@@ -169,6 +170,16 @@ def check_finish_on(finish_on: FinishOn) -> tuple[type[BaseException], ...]:
     return tuple(types)
 
 
+class TLSSession(NamedTuple):
+    """What a TLS session was agreed on."""
+
+    version: str
+    """Of the protocol, as :meth:`ssl.SSLSocket.version` has it: "TLSv1.3"."""
+
+    cipher: str
+    """The name of the cipher suite."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """How one connection ended. Immutable."""
@@ -200,3 +211,42 @@ class Ending:
     fin_sent_before_reset: bool
     """The FIN of `send_eof()` had left before the reset. A peer on Linux that only reads
     then sees a clean end, and no later reset can correct that."""
+
+    duration: float
+    """Seconds from when the connection came to be in our hands, by accept() or with the
+    scope, to its end."""
+
+    sent: int
+    """Bytes that the body sent, as far as the kernel took them; over TLS those of the
+    sends that were completed, before encryption."""
+
+    received: int
+    """Bytes that the body received; over TLS after decryption."""
+
+    tls: TLSSession | None
+    """The TLS session, if there was one at the end."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in the plain types of JSON, for logs and metrics.
+
+        Enums become their values, `outcome` becomes `error`: the type and the text of
+        the exception, or None. A traceback is not in it.
+        """
+        error = getattr(self.outcome, "error", None)
+        address = self.remote_address
+        return {
+            "kind": self.kind.value,
+            "cause": self.cause.value,
+            "error": None
+            if error is None
+            else {"type": type(error).__qualname__, "text": str(error)},
+            "peer": self.peer.value,
+            "remote_address": None if address is None else list(address),
+            "duration": self.duration,
+            "sent": self.sent,
+            "received": self.received,
+            "discarded": self.discarded,
+            "unacknowledged": self.unacknowledged,
+            "fin_sent_before_reset": self.fin_sent_before_reset,
+            "tls": None if self.tls is None else self.tls._asdict(),
+        }

@@ -390,6 +390,8 @@ class SocketIO(SocketStream):
             self._loss = exc.with_traceback(None)  # whose frames refer to this stream
             if _tcp_info.is_peers_reset(self._sock, exc):
                 self.peer = PeerClose.RST
+            elif getattr(exc, "errno", None) in _sockets.UNREACHABLE_ERRNOS:
+                self.peer = PeerClose.LOST
         if self.peer is PeerClose.RST:
             return PeerReset(f"the peer reset the connection ({self._loss})")
         return ConnectionLost(f"the connection was lost ({self._loss})")

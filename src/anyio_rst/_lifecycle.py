@@ -16,15 +16,18 @@ verdict is RST    send the RST: ended         cut the drain short: ended
 from __future__ import annotations
 
 from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from anyio import BrokenResourceError, ClosedResourceError, Event
+from anyio import BrokenResourceError, CancelScope, ClosedResourceError, Event
+from anyio.lowlevel import checkpoint
 
 from ._ending import KIND_OF, Cause, CloseKind, Ending, cause_of_exit, verdict
 from ._tls import SecureStream
 
 if TYPE_CHECKING:
+    from types import SimpleNamespace
     from typing import Any
 
     from anyio.streams.buffered import BufferedByteReceiveStream
@@ -42,6 +45,8 @@ class Lifecycle:
     """
 
     __slots__ = (
+        "_is_cut_short",
+        "_is_sending_fin",
         "_over",
         "buffers",
         "cause",
@@ -49,6 +54,7 @@ class Lifecycle:
         "kind",
         "leaving",
         "native",
+        "state",
         "stream",
     )
 
@@ -66,6 +72,10 @@ class Lifecycle:
         self.ending: Ending | None = None
         self.buffers: WeakSet[BufferedByteReceiveStream] | None = None
         """The wrappers whose buffers can be seen."""
+        self.state: SimpleNamespace | None = None
+        """What users keep with the connection."""
+        self._is_sending_fin = False
+        self._is_cut_short = False
         self._over: Event | None = None
 
     def add_buffer(self, buffer: BufferedByteReceiveStream) -> None:
@@ -94,6 +104,9 @@ class Lifecycle:
         """The verdict is RST, if none has fallen before. Synchronous."""
         if self.cause is None:
             self.cause = cause
+        elif cause is Cause.CANCELLED and self._is_sending_fin:
+            self._is_cut_short = True  # which is about to be done, and is no waiting
+            return
         self.cut_short(outcome)
 
     async def finish(
@@ -104,14 +117,19 @@ class Lifecycle:
             try:
                 await self.wait()
             finally:
+                with CancelScope(shield=True):
+                    while self._is_sending_fin:
+                        await checkpoint()  # a TLS session needs some to end
                 self.cut_short(outcome)
             return
         if self.leaving is not None:
             cause, drain = self.leaving
         try:
             self.cause = cause
+            self._is_sending_fin = True
             await self.stream.send_fin()
-            if drain is not None:
+            self._is_sending_fin = False
+            if drain is not None and not self._is_cut_short:
                 with suppress(ClosedResourceError):  # another task cut it short
                     await self.native.drain(drain)
         except BaseException as exc:
@@ -119,6 +137,7 @@ class Lifecycle:
                 self.cause = cause_of_exit(exc, ())  # a signal handler's
             raise
         finally:
+            self._is_sending_fin = False
             self.cut_short(outcome)
 
     def cut_short(self, outcome: Value[object] | Error | None) -> None:
@@ -168,4 +187,8 @@ class Lifecycle:
             discarded=native.discarded,
             unacknowledged=native.unacknowledged,
             fin_sent_before_reset=kind is CloseKind.RST and native.fin_has_left,
+            duration=monotonic() - native.began,
+            sent=self.stream.sent,
+            received=self.stream.received,
+            tls=self.stream.session,
         )

@@ -60,6 +60,12 @@ def check_seconds(name: str, seconds: float) -> float:
     return given
 
 
+def check_keepalive(keepalive: float | None) -> None:
+    """Refuse what the kernel cannot count as seconds of silence (tcp(7))."""
+    if keepalive is not None and not 1 <= check_seconds("keepalive", keepalive) <= 32767:
+        raise ValueError(f"keepalive must be from 1 to 32767 s, not {keepalive!r}")
+
+
 def check_number(name: str, value: object, least: int, most: int | None) -> None:
     """Refuse what is no int from *least* to *most*; None for no limit."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from anyio import create_task_group, move_on_after
@@ -43,6 +44,7 @@ class NativeStream(SocketIO):
         "_is_measured",
         "_last",
         "_undrained",
+        "began",
         "discarded",
         "fin_has_left",
         "is_free",
@@ -50,6 +52,7 @@ class NativeStream(SocketIO):
     )
 
     mid_send: bool  # which the close_notify counts for as well
+    session: None = None  # of TLS
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class NativeStream(SocketIO):
     ) -> None:
         super().__init__(sock, remote_address, **taken_over)
         own(sock)
+        self.began: float = monotonic()
         self.discarded: int = 0
         self.is_free: bool = False  # detached: the next scope may have it
         self.unacknowledged: int | None = None

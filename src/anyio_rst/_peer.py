@@ -6,7 +6,7 @@ import enum
 
 from anyio import BrokenResourceError
 
-__all__ = ["PeerClose", "PeerReset"]
+__all__ = ["ConnectionLost", "PeerClose", "PeerReset"]
 
 
 class PeerClose(enum.Enum):
@@ -18,18 +18,25 @@ class PeerClose(enum.Enum):
     RST = "RST"
     """It reset the connection."""
 
+    LOST = "LOST"
+    """Nothing. It or the way to it is gone: a time-out (ETIMEDOUT, see *keepalive* of
+    :func:`serve_tcp`), or an unreachable host or network."""
+
     NONE = "NONE"
-    """Neither was seen before the connection was closed here."""
+    """Nothing was seen before the connection was closed here."""
 
 
 class ConnectionLost(BrokenResourceError):
-    """The connection was lost, and nobody here is to blame for it."""
+    """The connection was lost, and nobody here is to blame for it.
+
+    Raised by :class:`Connection`, from the error that told. What has been received may
+    be truncated.
+    """
 
 
 class PeerReset(ConnectionLost):
     """The peer reset the connection: what has been received may be truncated.
 
-    Raised by :class:`Connection` from the :exc:`OSError` that told. The peer's FIN
-    stays :exc:`anyio.EndOfStream`, and any other loss of the connection (a time-out, an
-    unreachable host) a plain :exc:`anyio.BrokenResourceError`.
+    The peer's FIN stays :exc:`anyio.EndOfStream`, and any other loss (a time-out, an
+    unreachable host) a plain :exc:`ConnectionLost`.
     """

@@ -12,7 +12,8 @@ from anyio.abc import ByteStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from ._conclusion import conclude, conclude_failed, run
-from ._connection import Connection, ConnectionAttribute
+from ._connection import Connection
+from ._conversation import ConnectionAttribute
 from ._ending import check_finish_on, left_by
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain, check_drain

@@ -23,6 +23,11 @@ import anyio
 # net/ipv4/tcp_input.c). Windows calls the first WSAECONNRESET.
 RESET_ERRNOS = frozenset({errno.ECONNRESET, errno.EPIPE})
 
+# The peer's machine is gone, or the way to it: tcp(7), ip(7).
+UNREACHABLE_ERRNOS = frozenset(
+    {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
+)
+
 # The descriptor is none any more. Windows says WSAENOTSOCK.
 CLOSED_ERRNOS = frozenset({errno.EBADF, errno.ENOTSOCK})
 

@@ -15,7 +15,9 @@ from anyio import (
     EndOfStream,
 )
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+from anyio.streams.tls import TLSAttribute
 
+from ._ending import TLSSession
 from ._origin import RECEIVE_SIZE
 from ._peer import ConnectionLost, PeerClose
 from ._takeover import trio_class
@@ -61,6 +63,17 @@ class SecureStream:
     def extra_attributes(self) -> Attributes:
         stream = self._native if self._engine is None else self._engine
         return stream.extra_attributes
+
+    @property
+    def session(self) -> TLSSession | None:
+        """None if there is none: no handshake has succeeded."""
+        attributes = self.extra_attributes
+        try:
+            version = attributes[TLSAttribute.tls_version]()
+            name, _, _ = attributes[TLSAttribute.cipher]()
+        except Exception:  # Trio's before its handshake, and none at all
+            return None
+        return TLSSession(version, name)
 
     async def start(self, **options: Any) -> None:
         """The handshake, by `TLSStream.wrap(**options)`.
