@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import math
 import os
@@ -20,23 +21,29 @@ from anyio import (
     sleep,
     wait_readable,
 )
+from anyio.abc import TaskGroup
 
 from . import _forking, _sockets
 from ._conclusion import conclude, conclude_failed
 from ._connection import Connection
 from ._ending import Cause, CloseKind, all_leaves
 from ._failures import FailureLog, HandshakeFailed, drop_frames, logger
+from ._handlers import HandlerTasks
 from ._native import NativeStream
 from ._statistics import ServerStatistics, Totals
+from ._takeover import is_trio
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable
+    from typing import TypeAlias
 
     import trio
-    from anyio.abc import TaskGroup, TaskStatus
+    from anyio.abc import TaskStatus
 
     from ._limits import Drain
+
+    HandlersIn: TypeAlias = TaskGroup | trio.Nursery | HandlerTasks
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -126,12 +133,15 @@ class Server:
 
     async def _serve(
         self,
-        tasks: TaskGroup | trio.Nursery,
+        tasks: HandlersIn,
         task_status: TaskStatus[Server],
     ) -> None:
         """Accept until stopped, then wait for the handlers."""
+        handlers = None
         try:
             try:
+                if not is_trio() and isinstance(tasks, TaskGroup):
+                    tasks = handlers = HandlerTasks(tasks, self._lost_its_task)
                 with self._accepting:
                     async with create_task_group() as listeners:
                         for sock in self._sockets:
@@ -143,6 +153,8 @@ class Server:
                 await self._wait_for_an_end()
         finally:
             self._failures.close()
+            if handlers is not None:
+                handlers.close()
 
     async def _wait_for_an_end(self) -> None:
         if self._next_end is None:
@@ -157,9 +169,7 @@ class Server:
         for connection in self.connections:
             connection._reset(Cause.CANCELLED)
 
-    async def _accept(
-        self, listener: socket.socket, tasks: TaskGroup | trio.Nursery
-    ) -> None:
+    async def _accept(self, listener: socket.socket, tasks: HandlersIn) -> None:
         while True:
             await wait_readable(listener)
             async with self._turn:
@@ -168,7 +178,7 @@ class Server:
                 await self._accept_up_to(min(room, ACCEPTS_PER_TURN), listener, tasks)
 
     async def _accept_up_to(
-        self, most: int, listener: socket.socket, tasks: TaskGroup | trio.Nursery
+        self, most: int, listener: socket.socket, tasks: HandlersIn
     ) -> None:
         inherits = listener in self._emptied
         listener.setblocking(False)  # another process that has it may have undone that
@@ -202,7 +212,7 @@ class Server:
         self,
         sock: socket.socket,
         address: tuple[str, int],
-        tasks: TaskGroup | trio.Nursery,
+        tasks: HandlersIn,
     ) -> None:
         connection = Connection(
             NativeStream(sock, address), finish_on=self._finish_on, drain=self._drain
@@ -242,6 +252,16 @@ class Server:
                 drop_frames(spent)
                 # The frame of this function may be in a traceback still.
                 del connection, spent
+
+    def _lost_its_task(self, connection: Connection) -> None:
+        """It was cancelled before its first step; or in its last, and all is done."""
+        if connection not in self._open:
+            return
+        with suppress(StopIteration):  # a reset has no checkpoint
+            conclude_failed(connection, asyncio.CancelledError()).send(None)
+        logger.error("a handler was cancelled before it began: %r", connection)
+        self._ended(connection)
+        self._report(connection)
 
     def _ended(self, connection: Connection) -> None:
         self._open.discard(connection)
