@@ -33,5 +33,6 @@ __all__ = [
 ]
 
 for _name in __all__:
-    # Shown, and pickled, under the names that users import.
-    globals()[_name].__module__ = __name__
+    if not isinstance(globals()[_name], str):  # an alias, for annotations
+        # Shown, and pickled, under the names that users import.
+        globals()[_name].__module__ = __name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from anyio import ClosedResourceError
 from anyio.abc import ByteStream
@@ -25,21 +25,19 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
-    from typing import TypeAlias
 
     import trio
 
     from ._ending import FinishOn
     from ._tls_engines import Engine
 
-    TCPStream: TypeAlias = (
-        ByteStream
-        | BufferedByteReceiveStream
-        | trio.SocketStream
-        | trio.SSLStream[trio.SocketStream]
-    )
+TCPStream: TypeAlias = (
+    "ByteStream | BufferedByteReceiveStream | trio.SocketStream"
+    " | trio.SSLStream[trio.SocketStream]"
+)
+"""What a scope can be put around; see :func:`connection_scope`."""
 
-__all__ = ["connection_scope", "scoped"]
+__all__ = ["TCPStream", "connection_scope", "scoped"]
 
 
 def connection_scope(
