@@ -442,3 +442,30 @@ async def test_connect_tcp_that_is_not_standard_compatible_needs_no_close_notify
     way: str, side: str, version: ssl.TLSVersion, fin_first: str
 ) -> None:
     await check_lenient(way, side, version, fin_first)
+
+
+@each_way
+async def test_cancelled_aclose_while_another_ends_the_session_cuts_only_the_drain(
+    way: str, side: str
+) -> None:
+    async def body(conn: Connection) -> None:
+        async def close() -> None:
+            begun.set()
+            await conn.aclose()
+
+        begun = anyio.Event()
+        await conn.send(b"answer")
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(close)
+            await begun.wait()
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await conn.aclose()
+        assert conn.ending is not None
+
+    async def script(peer: TLSPeer) -> None:
+        assert await peer.receive(6) == b"answer"
+        assert await peer.end() == (b"", CLEAN)
+
+    ending = (await talk(way, side, body, script)).ending
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.CLOSED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._connect import connect_tcp
 from ._connection import Connection
 from ._ending import Cause, CloseKind, Ending, FinishOn, TLSSession
+from ._idle import Idle
 from ._limits import Drain
 from ._peer import ConnectionLost, PeerClose, PeerReset
 from ._scope import TCPStream, connection_scope, scoped
@@ -20,6 +21,7 @@ __all__ = [
     "Drain",
     "Ending",
     "FinishOn",
+    "Idle",
     "PeerClose",
     "PeerReset",
     "Server",

@@ -10,7 +10,7 @@ import anyio
 from . import _sockets
 from ._connection import Connection
 from ._ending import check_finish_on
-from ._limits import CLIENTS_DRAIN, Drain, check_drain
+from ._limits import CLIENTS_DRAIN, Drain, check_drain, check_keepalive
 from ._scope import ConnectionScope, Entry
 from ._takeover import discard
 from ._tls import check_tls
@@ -41,6 +41,7 @@ def connect_tcp(
     tls_standard_compatible: bool = True,
     finish_on: FinishOn = (),
     drain: Drain | None = CLIENTS_DRAIN,
+    keepalive: float | None = None,
 ) -> AbstractAsyncContextManager[Connection, None]:
     """Connect over TCP, and end the connection the way the body ends.
 
@@ -63,6 +64,7 @@ def connect_tcp(
       drain: see :func:`connection_scope`. To return in the middle of a download is
         success, and the drain reads the rest of it for as long as that lasts;
         :meth:`Connection.abort` is the way to give one up.
+      keepalive: see :func:`connection_scope`.
 
     Raises:
       OSError: the connection could not be made.
@@ -75,6 +77,7 @@ def connect_tcp(
     """
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
+    check_keepalive(keepalive)
     if local_port is not None and local_host is None:
         raise ValueError("local_port goes with local_host, the address to bind")
     hostname = tls_hostname or str(host)
@@ -98,25 +101,29 @@ def connect_tcp(
         hostname=hostname,
         standard_compatible=tls_standard_compatible,
     )
-    return _Connecting(connect, finish_on, drain, start_tls if secure else None)
+    return _Connecting(
+        connect, finish_on, drain, keepalive, start_tls if secure else None
+    )
 
 
 class _Connecting(ConnectionScope):
     """Connects at entry, and is the scope of the connection from then on."""
 
-    __slots__ = ("_connect", "_drain", "_finish_on", "_start_tls")
+    __slots__ = ("_connect", "_drain", "_finish_on", "_keepalive", "_start_tls")
 
     def __init__(
         self,
         connect: Callable[[], Awaitable[SocketStream]],
         finish_on: tuple[type[BaseException], ...],
         drain: Drain | None,
+        keepalive: float | None,
         start_tls: Callable[[Connection], Awaitable[None]] | None,
     ) -> None:
         super().__init__(None)
         self._connect: Callable[[], Awaitable[SocketStream]] | None = connect
         self._finish_on = finish_on
         self._drain = drain
+        self._keepalive = keepalive
         self._start_tls = start_tls
 
     async def __aenter__(self) -> Connection:
@@ -128,7 +135,7 @@ class _Connecting(ConnectionScope):
         stream = await self._connect()
         self._connect = None
         try:
-            self._entry = Entry(stream, self._finish_on, self._drain)
+            self._entry = Entry(stream, self._finish_on, self._drain, self._keepalive)
             connection = await super().__aenter__()
         except OSError:
             await discard(stream)

@@ -26,7 +26,9 @@ from ._ending import (
     left_by,
     verdict,
 )
+from ._idle import Idle
 from ._lifecycle import Lifecycle
+from ._limits import check_seconds
 from ._takeover import put_under
 from ._task_group import ConnectionTaskGroup, is_stopped
 
@@ -104,6 +106,32 @@ class Connection(Conversation):
             # Ended before the body was left, or by a scope within this one.
             ending = self._ending = replace(ending, outcome=self._outcome)
         return ending
+
+    def idle(self, timeout: float | None = None) -> Idle:
+        """Wait for the next request, for as long as the server is not stopping.
+
+        ::
+
+            async def handler(conn: Connection) -> None:
+                while True:
+                    with conn.idle(30) as idle:
+                        request = await conn.receive()
+                    if idle.ended:
+                        return
+                    await conn.send(answer(request))
+
+        Not a request that takes long, but the wait for it is ended: by
+        :meth:`Server.stop`, or after *timeout* seconds. To return then is FIN, and
+        nothing is logged. Without a server only the time-out counts. A receive in it
+        prefers what has arrived: it is the request that counts.
+
+        Raises:
+          RuntimeError: from `with`, if the connection is idle already.
+          TypeError, ValueError: *timeout* is no number of seconds.
+        """
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+        return Idle(self._life, timeout)
 
     async def aclose(self) -> None:
         """Finish now: FIN, drain, close. The explicit success.
@@ -201,6 +229,13 @@ class Connection(Conversation):
         except BaseException as exc:
             self._end_after(exc)
             raise
+
+    def _is_over(self) -> bool:
+        return self._life.cause is not None
+
+    def _forget_counts(self) -> None:
+        native = self._life.native
+        native.sent = native.received = 0
 
     async def _end(self, cause: Cause) -> None:
         """The verdict falls: *cause*, unless a send was torn."""

@@ -23,6 +23,10 @@ QUIET_TIME = 1.0
 _FROM_OUTSIDE = {Cause.CLOSED, Cause.ABORTED, Cause.CANCELLED}
 
 
+# What a receive says of the peer's FIN.
+_ENDS = (EndOfStream, IncompleteRead)
+
+
 class HandshakeFailed(Exception):
     """The outcome of a connection whose handler was never called."""
 
@@ -88,12 +92,13 @@ def _never_spoke(connection: Connection, failure: BaseException) -> bool:
     """Whether it looks like a health check, which connects and leaves."""
     life = connection._life
     if isinstance(failure, HandshakeFailed):
-        return not life.native.received and isinstance(failure.__cause__, ConnectionLost)
+        cause = failure.__cause__
+        return not life.native.received and isinstance(cause, (ConnectionLost, *_ENDS))
     if life.stream.received:
         return False
     if not life.stream.sent and all_leaves(failure, BrokenResourceError):
         return True
-    return all_leaves(failure, (EndOfStream, IncompleteRead))
+    return all_leaves(failure, _ENDS)
 
 
 def drop_frames(failure: BaseException) -> None:

@@ -1,29 +1,35 @@
 """Receiving and sending straight on a TCP socket, on any event loop.
 
-It knows to the byte what the kernel took, and keeps the one record of what has happened
-to the TCP connection.
+It knows to the byte what the kernel took.
 """
 
 from __future__ import annotations
 
-import errno
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, EndOfStream
+from anyio import (
+    BrokenResourceError,
+    BusyResourceError,
+    ClosedResourceError,
+    EndOfStream,
+    get_cancelled_exc_class,
+)
 from anyio.abc import SocketAttribute, SocketStream
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 
-from . import _sockets, _tcp_info
+from . import _sockets
 from ._forking import copy_of
 from ._origin import RECEIVE_SIZE
-from ._peer import ConnectionLost, PeerClose, PeerReset
+from ._peer import PeerClose
+from ._record import Record
 from ._waiting import reader_for, tell_waiters, wait_for_room
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Mapping
 
+    from ._idle import Idle
     from ._origin import Origin
     from ._waiting import Reader
 
@@ -33,34 +39,19 @@ if TYPE_CHECKING:
 MOST_MISSES = 5
 
 
-class SocketIO(SocketStream):
+class SocketIO(Record, SocketStream):
     """The I/O of an `anyio.abc.SocketStream` on *sock*, with AnyIO's exact meanings."""
 
     __slots__ = (
         "_ahead",
-        "_closed",
         "_copy",
-        "_has_tried_fin",
-        "_loss",
         "_misses",
-        "_origin",
         "_reader",
         "_receiving",
         "_sending",
-        "_sock",
         "_waits",
-        "eof_sent",
-        "mid_send",
-        "peer",
-        "received",
-        "remote_address",
-        "sent",
+        "idle",
     )
-
-    remote_address: tuple[str, int] | None
-    peer: PeerClose
-    mid_send: bool  # some bytes of a send went out, others did not
-    eof_sent: bool
 
     def __init__(
         self,
@@ -74,26 +65,17 @@ class SocketIO(SocketStream):
         loss: BaseException | None = None,
     ) -> None:
         _sockets.never_block(sock)
-        self.remote_address = remote_address
-        self.peer = PeerClose.NONE
-        self.mid_send = torn
-        self.eof_sent = eof_sent
-        self._sock = sock
-        self._origin = origin
+        super().__init__(
+            sock, remote_address, origin=origin, torn=torn, eof_sent=eof_sent, loss=loss
+        )
+        self.idle: Idle | None = None
         self._copy: socket.socket | None = None  # of the socket, for those who ask for it
         self._reader: Reader | None = None
         self._ahead: bytes | memoryview = ahead  # read, and not received yet
-        self._closed = False
-        self._has_tried_fin = False
         self._receiving = False
         self._sending = False
         self._misses = 0  # receives in a row that found nothing after one turn
         self._waits = 0  # receives to come that wait at once
-        self.received: int = 0  # bytes
-        self.sent: int = 0
-        self._loss: BaseException | None = None
-        if loss is not None:
-            self._lost(loss)
 
     @property
     def is_closed(self) -> bool:
@@ -151,12 +133,22 @@ class SocketIO(SocketStream):
         except ClosedResourceError:
             await checkpoint_if_cancelled()  # which may be why it was closed
             raise
+        except BaseException as exc:
+            if not self.prefers_input(exc) or not (data := self._read(max_bytes)):
+                raise
         finally:
             self._receiving = False
         if not data:
             self._raise_end()
         self.received += len(data)
         return data
+
+    def prefers_input(self, exc: BaseException) -> bool:
+        """Whether *exc* is the end of an :meth:`Connection.idle`, and no failure."""
+        idle = self.idle
+        if idle is None or not idle.is_over:
+            return False
+        return isinstance(exc, get_cancelled_exc_class())
 
     def _learn(self, *, hit: bool) -> None:
         """Of a receive that gave the input one turn to arrive: in vain, or not."""
@@ -290,23 +282,6 @@ class SocketIO(SocketStream):
         finally:
             self._sending = False
 
-    def _send_fin(self) -> None:
-        self._has_tried_fin = True
-        loss = _sockets.send_fin(self._sock)
-        if loss is None:
-            self.eof_sent = True
-        else:
-            self._lost(loss)
-            self._ask_origin()
-
-    def fin_is_out(self) -> bool:
-        """Whether our FIN has been sent, by whomever."""
-        if self.eof_sent or _tcp_info.fin_is_out(self._sock):
-            return True
-        # A signal handler's exception may have come before the kernel's answer.
-        tried = self._has_tried_fin and self._loss is None
-        return tried and _tcp_info.both_finished(self._sock)
-
     def refuse_users(self) -> None:
         """The verdict has fallen: wake the tasks that wait here, and refuse others."""
         self._closed = True
@@ -343,25 +318,6 @@ class SocketIO(SocketStream):
             raise ClosedResourceError("receiving was shut down by somebody else")
         raise EndOfStream
 
-    def _input_ended(self) -> None:
-        """By the peer's FIN, or a loss: the kernel tells of that only once."""
-        self._ask_origin()
-        if self._loss is None and self.peer is PeerClose.NONE:
-            why = _tcp_info.false_end(self._sock)
-            if why is None:
-                self.peer = PeerClose.FIN
-            elif _tcp_info.is_unknown(why):
-                self._lost(why)
-
-    def _ask_origin(self) -> None:
-        """The kernel may have told a loss to the stream that was taken over."""
-        loss = self._loss
-        if self._origin is None or (loss is not None and not _tcp_info.is_unknown(loss)):
-            return
-        if (loss := self._origin.loss()) is not None:
-            self._loss = None
-            self._lost(loss)
-
     def _refuse_to_send(self) -> None:
         """Raise what forbids a send at the moment."""
         if self._closed or self.eof_sent:
@@ -373,25 +329,3 @@ class SocketIO(SocketStream):
                 "an earlier send() was cut short after some of its bytes: whatever "
                 "followed would be garbage to the peer"
             )
-
-    def _fail(self, exc: OSError) -> BrokenResourceError | ClosedResourceError:
-        """What a failed call on the socket means."""
-        if exc.errno in _sockets.CLOSED_ERRNOS and self._loss is None:
-            self._closed = True  # by whoever has the socket object as well
-            return ClosedResourceError("the socket was closed by somebody else")
-        if exc.errno == errno.EPIPE and self._loss is None and self.fin_is_out():
-            self.eof_sent = True
-            return ClosedResourceError("the stream was half-closed by somebody else")
-        return self._lost(exc)
-
-    def _lost(self, exc: BaseException) -> BrokenResourceError:
-        """Remember the first loss, and make the exception that tells of it."""
-        if self._loss is None:
-            self._loss = exc.with_traceback(None)  # whose frames refer to this stream
-            if _tcp_info.is_peers_reset(self._sock, exc):
-                self.peer = PeerClose.RST
-            elif getattr(exc, "errno", None) in _sockets.UNREACHABLE_ERRNOS:
-                self.peer = PeerClose.LOST
-        if self.peer is PeerClose.RST:
-            return PeerReset(f"the peer reset the connection ({self._loss})")
-        return ConnectionLost(f"the connection was lost ({self._loss})")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from anyio.streams.buffered import BufferedByteReceiveStream
     from outcome import Error, Value
 
+    from ._idle import Stoppable
     from ._limits import Drain
     from ._native import NativeStream
 
@@ -54,6 +55,7 @@ class Lifecycle:
         "kind",
         "leaving",
         "native",
+        "server",
         "state",
         "stream",
     )
@@ -74,6 +76,8 @@ class Lifecycle:
         """The wrappers whose buffers can be seen."""
         self.state: SimpleNamespace | None = None
         """What users keep with the connection."""
+        self.server: Stoppable | None = None
+        """Who has accepted the connection."""
         self._is_sending_fin = False
         self._is_cut_short = False
         self._over: Event | None = None

@@ -100,6 +100,11 @@ class NativeStream(SocketIO):
         with suppress(OSError):  # a connection that is gone has no end any more
             _sockets.arm(self._sock)
 
+    def keep_alive(self, seconds: float) -> None:
+        """Notice a peer that is gone, see :func:`_sockets.keep_alive`."""
+        with suppress(OSError):  # it is gone already
+            _sockets.keep_alive(self._sock, seconds)
+
     def reset(self) -> None:
         """Send the RST and close. Synchronous, and good without an event loop."""
         if not self._is_measured:  # before the reset, which empties the queue

@@ -16,7 +16,7 @@ from ._connection import Connection
 from ._conversation import ConnectionAttribute
 from ._ending import check_finish_on, left_by
 from ._lifecycle import Lifecycle
-from ._limits import DEFAULT_DRAIN, Drain, check_drain
+from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_keepalive
 from ._takeover import Source, attributes_of, discard, is_anyios, put_under
 from ._tls import SecureStream
 from ._tls_engines import engine_of
@@ -45,6 +45,7 @@ def connection_scope(
     *,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
+    keepalive: float | None = None,
 ) -> AbstractAsyncContextManager[Connection, None]:
     """End a TCP connection the way the body ends: FIN for success, RST for the rest.
 
@@ -84,6 +85,8 @@ def connection_scope(
         exception group have to match. The exception goes on all the same.
         :exc:`GeneratorExit` never counts.
       drain: the limits of the drain; None closes right after the FIN.
+      keepalive: seconds after which a peer that is gone is noticed, see
+        :func:`serve_tcp`; None changes nothing.
 
     Raises:
       TypeError: *stream* is not a TCP connection, or is a wrapper around a stream that
@@ -97,7 +100,8 @@ def connection_scope(
       OSError: no descriptor is left (EMFILE, ENFILE); asyncio's streams need a copy.
     """
     check_drain(drain)
-    return ConnectionScope(Entry(stream, check_finish_on(finish_on), drain))
+    check_keepalive(keepalive)
+    return ConnectionScope(Entry(stream, check_finish_on(finish_on), drain, keepalive))
 
 
 class Entry:
@@ -107,6 +111,7 @@ class Entry:
         "_drain",
         "_engine",
         "_finish_on",
+        "_keepalive",
         "_outer",
         "_sink",
         "_source",
@@ -118,10 +123,12 @@ class Entry:
         stream: object,
         finish_on: tuple[type[BaseException], ...],
         drain: Drain | None,
+        keepalive: float | None,
     ) -> None:
         self._stream = stream
         self._finish_on = finish_on
         self._drain = drain
+        self._keepalive = keepalive
         self._engine: Engine | None = None
         self._sink: ByteStream | None = None
         inner = stream
@@ -153,6 +160,8 @@ class Entry:
             life = outer._life
             if life.cause is not None:
                 raise ClosedResourceError("the connection has ended")
+        if self._keepalive is not None:
+            life.native.keep_alive(self._keepalive)
         connection = self._on(life)
         if isinstance(stream, BufferedByteReceiveStream):
             if outer is None:
@@ -227,6 +236,7 @@ def scoped(
     *,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
+    keepalive: float | None = None,
 ) -> Callable[[TCPStream], Coroutine[Any, Any, None]]:
     """Turn *handler* into what any AnyIO listener's `serve()` accepts.
 
@@ -241,21 +251,21 @@ def scoped(
     Args:
       handler: async function of one :class:`Connection`. Its return is FIN, its
         failure RST.
-      finish_on: see :func:`connection_scope`.
-      drain: see :func:`connection_scope`.
+      finish_on, drain, keepalive: see :func:`connection_scope`.
 
     Raises:
       TypeError: *handler* is not an async function, or another argument is of the wrong
         type.
     """
-    check_handler(handler, "scoped")
+    check_handler(handler, "scoped()")
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
+    check_keepalive(keepalive)
 
     @functools.wraps(handler)
     async def serve_one(stream: TCPStream) -> None:
         try:
-            connection = Entry(stream, finish_on, drain).enter()
+            connection = Entry(stream, finish_on, drain, keepalive).enter()
         except OSError:  # for want of a descriptor
             await discard(stream)
             raise
@@ -264,7 +274,7 @@ def scoped(
     return serve_one
 
 
-def check_handler(handler: object, user: str) -> None:
+def check_handler(handler: object, taker: str) -> None:
     """Refuse what cannot be an async function of one argument.
 
     A lambda or a callable object may return a coroutine, so only calling it would tell.
@@ -272,11 +282,11 @@ def check_handler(handler: object, user: str) -> None:
     if inspect.iscoroutine(handler):
         handler.close()
         raise TypeError(
-            f"{user}() takes an async function; this is a coroutine already: pass the "
+            f"{taker} takes an async function; this is a coroutine already: pass the "
             "function itself, without calling it"
         )
     if not callable(handler):
-        raise TypeError(f"{user}() takes an async function, not {handler!r}")
+        raise TypeError(f"{taker} takes an async function, not {handler!r}")
     function: object = handler
     while isinstance(function, functools.partial):
         function = function.func
@@ -286,4 +296,4 @@ def check_handler(handler: object, user: str) -> None:
         and not inspect.iscoroutinefunction(function)
         and not is_lambda
     ):
-        raise TypeError(f"{user}() takes an async function; {handler!r} is not async")
+        raise TypeError(f"{taker} takes an async function; {handler!r} is not async")

@@ -10,7 +10,14 @@ from anyio import TASK_STATUS_IGNORED, create_task_group, fail_after
 
 from ._ending import check_finish_on
 from ._failures import HandshakeFailed
-from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_number, check_seconds
+from ._limits import (
+    DEFAULT_DRAIN,
+    Drain,
+    check_drain,
+    check_keepalive,
+    check_number,
+    check_seconds,
+)
 from ._listening import DEFAULT_BACKLOG, check_reuse_port, check_sockets, listen
 from ._peer import ConnectionLost, PeerReset
 from ._scope import check_handler
@@ -48,9 +55,11 @@ async def serve_tcp(
     max_connections: int | None = None,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
+    keepalive: float | None = None,
     propagate_errors: bool = False,
     task_group: TaskGroup | trio.Nursery | None = None,
     on_ending: Callable[[Connection], object] | None = None,
+    preamble: Callable[[Connection], Awaitable[object]] | None = None,
     ssl_context: ssl.SSLContext | None = None,
     tls_standard_compatible: bool = True,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
@@ -91,6 +100,11 @@ async def serve_tcp(
       finish_on: exceptions that are a clean end: the peer gets FIN, and nothing is
         logged above DEBUG.
       drain: the limits of a clean end.
+      keepalive: seconds, from 1 to 32767, after about which it is noticed that the
+        machine of a peer is gone, or the way to it: as a :exc:`ConnectionLost` from
+        ETIMEDOUT, whether the connection is idle or something on it is not acknowledged
+        (tcp(7); RFC 9293, 3.8.4; RFC 5482). None leaves that to the system, which may
+        wait for ever.
       propagate_errors: let exceptions of handlers out, as Trio's `serve_tcp` does,
         instead of logging them.
       task_group: the task group or Trio nursery that handlers run in, instead of one of
@@ -101,7 +115,12 @@ async def serve_tcp(
         INFO; it is never propagated.
       tls_standard_compatible: False for protocols that delimit themselves; see
         :meth:`Connection.start_tls`.
-      handshake_timeout: seconds for a handshake.
+      handshake_timeout: seconds for the *preamble* and the handshake.
+      preamble: async function that is called with each :class:`Connection` before the
+        handshake, for what comes in the clear: the header of a proxy, a banner. It may
+        set :attr:`Connection.remote_address`, and may end the connection, which is no
+        failure. If it fails, that is as a handshake that fails. :attr:`Ending.sent` and
+        :attr:`~Ending.received` count from its return on.
       on_ending: called with each :class:`Connection` once it has ended.
       task_status: for `tg.start()`; gets the :class:`Server`.
 
@@ -132,16 +151,19 @@ async def serve_tcp(
         not go with *sockets*. Nothing was bound, and *sockets* are untouched.
       OSError: the address is in use or cannot be had. Nothing stays bound.
     """
-    check_handler(handler, "serve_tcp")
+    check_handler(handler, "serve_tcp()")
     check_number("port", port, 0, 65535)
     check_number("backlog", backlog, 1, None)
     finish_on = check_finish_on(finish_on)
     check_drain(drain)
+    check_keepalive(keepalive)
     timeout = check_seconds("handshake_timeout", handshake_timeout)
     if not timeout:
         raise ValueError("handshake_timeout must be > 0: no handshake takes no time")
     if ssl_context is not None:
         check_tls(ssl_context, True, None)
+    if preamble is not None:
+        check_handler(preamble, "preamble")
     if max_connections is not None:
         check_number("max_connections", max_connections, 1, None)
     check_reuse_port(reuse_port)
@@ -165,11 +187,14 @@ async def serve_tcp(
     server = Server(
         listening,
         handler
-        if ssl_context is None
-        else _secured(handler, ssl_context, tls_standard_compatible, timeout),
+        if ssl_context is None and preamble is None
+        else _after_handshake(
+            handler, preamble, ssl_context, tls_standard_compatible, timeout
+        ),
         are_own=sockets is None,
         finish_on=finish_on,
         drain=drain,
+        keepalive=keepalive,
         max_connections=max_connections,
         propagate_errors=propagate_errors,
         on_ending=on_ending,
@@ -194,31 +219,42 @@ def _open_group() -> AbstractAsyncContextManager[TaskGroup | trio.Nursery]:
     return create_task_group()
 
 
-def _secured(
+def _after_handshake(
     handler: Callable[[Connection], Awaitable[object]],
-    ssl_context: ssl.SSLContext,
+    preamble: Callable[[Connection], Awaitable[object]] | None,
+    ssl_context: ssl.SSLContext | None,
     standard_compatible: bool,
-    handshake_timeout: float,
+    timeout: float,
 ) -> Callable[[Connection], Awaitable[object]]:
-    """*handler* after a TLS handshake, in the connection's own task."""
+    """*handler* after *preamble* and a TLS handshake, in the connection's own task."""
 
-    async def secured(connection: Connection) -> object:
-        try:
-            with fail_after(handshake_timeout):
+    async def prepare(connection: Connection) -> None:
+        if preamble is not None:
+            try:
+                await preamble(connection)
+            except Exception as exc:
+                raise HandshakeFailed(f"the preamble failed ({exc!r})") from exc
+            connection._forget_counts()
+        if ssl_context is not None and not connection._is_over():
+            try:
                 await connection.start_tls(
                     ssl_context,
                     server_side=True,
                     standard_compatible=standard_compatible,
                 )
-        except TimeoutError as exc:
-            raise HandshakeFailed(
-                f"no TLS handshake within {handshake_timeout} s"
-            ) from exc
-        except Exception as exc:
-            message = f"the TLS handshake failed ({exc})"
-            if isinstance(exc, ConnectionLost) and not isinstance(exc, PeerReset):
-                message = str(exc)  # the peer has closed
-            raise HandshakeFailed(message) from exc
-        return await handler(connection)
+            except Exception as exc:
+                message = f"the TLS handshake failed ({exc})"
+                if isinstance(exc, ConnectionLost) and not isinstance(exc, PeerReset):
+                    message = str(exc)  # the peer has closed
+                raise HandshakeFailed(message) from exc
 
-    return secured
+    async def prepared(connection: Connection) -> object:
+        try:
+            with fail_after(timeout):
+                await prepare(connection)
+        except TimeoutError as exc:
+            what = "preamble" if ssl_context is None else "TLS handshake"
+            raise HandshakeFailed(f"no {what} within {timeout} s") from exc
+        return None if connection._is_over() else await handler(connection)
+
+    return prepared

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import math
 import os
+import socket
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -22,8 +23,9 @@ from anyio import (
     wait_readable,
 )
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
-from . import _forking, _sockets
+from . import _forking, _sockets, _tcp_info
 from ._conclusion import conclude, conclude_failed
 from ._connection import Connection
 from ._ending import Cause, CloseKind, all_leaves
@@ -34,7 +36,6 @@ from ._statistics import ServerStatistics, Totals
 from ._takeover import is_trio
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable
     from typing import TypeAlias
 
@@ -69,6 +70,7 @@ class Server:
         are_own: bool,
         finish_on: tuple[type[BaseException], ...],
         drain: Drain | None,
+        keepalive: float | None,
         max_connections: int | None,
         propagate_errors: bool,
         on_ending: Callable[[Connection], object] | None,
@@ -83,6 +85,7 @@ class Server:
         self._handler = handler
         self._finish_on = finish_on
         self._drain = drain
+        self._keepalive = keepalive
         self._max_connections = (
             sys.maxsize if max_connections is None else max_connections
         )
@@ -96,13 +99,21 @@ class Server:
         # Listening sockets that arm what they accept. Who connected before they did so
         # is armed by itself, until the backlog has been empty.
         self._arming = {
-            sock for sock in sockets if _sockets.prepare_listener(sock, is_own=are_own)
+            sock
+            for sock in sockets
+            if _sockets.prepare_listener(sock, keepalive, is_own=are_own)
         }
         self._emptied: set[socket.socket] = set()
         # Where room or descriptors are short, the listening sockets take turns, and one
         # of them at a time says so in the log.
         self._turn = Lock(fast_acquire=True)
         self._next_end: Event | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            for host, port in self.addresses
+        )
 
     @property
     def connections(self) -> frozenset[Connection]:
@@ -124,12 +135,25 @@ class Server:
         )
 
     def stop(self) -> None:
-        """Stop accepting. `serve_tcp` returns when the last handler is done.
+        """Serve those who have connected, and nobody else.
 
-        Connections still in the backlog are reset by the kernel, unless another process
-        has the listening socket too. Idempotent.
+        What is in the backlog at this moment is accepted and served. The listening
+        sockets are closed then, and `serve_tcp` returns when the last handler is done.
+        Connections in :meth:`Connection.idle` are ended. Idempotent.
+
+        Who connects between the last accept and the close is reset by the kernel, unless
+        another process has the listening socket, too.
         """
         self._accepting.cancel()
+        for connection in self._open:
+            idle = connection._life.native.idle
+            if idle is not None:
+                idle.stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self._accepting.cancel_called
 
     async def _serve(
         self,
@@ -146,7 +170,9 @@ class Server:
                     async with create_task_group() as listeners:
                         for sock in self._sockets:
                             listeners.start_soon(self._accept, sock, tasks)
+                        logger.info("listening on %s", self)
                         task_status.started(self)
+                await self._serve_backlogs(tasks)
             finally:
                 self._stop_listening()
             while self._open:
@@ -177,12 +203,29 @@ class Server:
                     await self._wait_for_an_end()
                 await self._accept_up_to(min(room, ACCEPTS_PER_TURN), listener, tasks)
 
+    async def _serve_backlogs(self, tasks: HandlersIn) -> None:
+        """Accept those who were waiting when it was stopped, and none who came later."""
+        waiting = [(sock, _tcp_info.backlog(sock)) for sock in self._sockets]
+        for listener, left in waiting:
+            if left is None:
+                left = socket.SOMAXCONN
+            while left > 0:
+                while (room := self._max_connections - len(self._open)) <= 0:
+                    await self._wait_for_an_end()
+                most = min(left, room, ACCEPTS_PER_TURN)
+                taken = await self._accept_up_to(most, listener, tasks)
+                if not taken and not self._open:
+                    break  # they have gone, or there is nothing to wait for
+                left -= taken
+                await checkpoint()
+
     async def _accept_up_to(
         self, most: int, listener: socket.socket, tasks: HandlersIn
-    ) -> None:
+    ) -> int:
+        """Accept until the backlog is empty; return how many were taken from it."""
         inherits = listener in self._emptied
         listener.setblocking(False)  # another process that has it may have undone that
-        for _ in range(most):
+        for taken in range(most):
             try:
                 with _forking.lock:
                     sock, address = listener.accept()
@@ -190,7 +233,7 @@ class Server:
             except BlockingIOError:
                 if listener in self._arming:
                     self._emptied.add(listener)
-                return
+                return taken
             except OSError as exc:
                 if exc.errno in _sockets.CAPACITY_ERRNOS:
                     logger.error(
@@ -200,13 +243,14 @@ class Server:
                         CAPACITY_RETRY,
                     )
                     await sleep(CAPACITY_RETRY)
-                    return
+                    return taken
                 if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
                     continue
                 raise
             if not inherits:
-                _sockets.prepare_accepted(sock)
+                _sockets.prepare_accepted(sock, self._keepalive)
             self._start(sock, _sockets.host_and_port(address), tasks)
+        return most
 
     def _start(
         self,
@@ -217,6 +261,7 @@ class Server:
         connection = Connection(
             NativeStream(sock, address), finish_on=self._finish_on, drain=self._drain
         )
+        connection._life.server = self
         self._open.add(connection)
         self._accepted += 1
         try:

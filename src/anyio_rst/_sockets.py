@@ -118,7 +118,9 @@ def remote_address(sock: Any) -> tuple[str, int] | None:
         return None
 
 
-def prepare_listener(sock: socket.socket, *, is_own: bool) -> bool:
+def prepare_listener(
+    sock: socket.socket, keepalive: float | None, *, is_own: bool
+) -> bool:
     """Let accept() not block, and pass on what a connection needs if *sock* is our own.
 
     Options and O_NONBLOCK are those of all processes that have the socket (fcntl(2)). To
@@ -129,15 +131,17 @@ def prepare_listener(sock: socket.socket, *, is_own: bool) -> bool:
     """
     sock.setblocking(False)
     if is_own and ACCEPTED_SOCKETS_INHERIT:
-        prepare_accepted(sock)
+        prepare_accepted(sock, keepalive)
         return True
     return False
 
 
-def prepare_accepted(sock: socket.socket) -> None:
+def prepare_accepted(sock: socket.socket, keepalive: float | None = None) -> None:
     """Arm *sock* and send small segments at once (TCP_NODELAY, tcp(7))."""
     arm(sock)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if keepalive is not None:
+        keep_alive(sock, keepalive)
 
 
 def arm(sock: socket.socket) -> None:

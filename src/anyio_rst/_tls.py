@@ -108,7 +108,11 @@ class SecureStream:
         self._receiving = True
         try:
             # What is decrypted already comes without one.
-            await checkpoint()
+            try:
+                await checkpoint()
+            except BaseException as exc:
+                if not self._native.prefers_input(exc):
+                    raise
             self._refuse()
             try:
                 data = await engine.receive(max_bytes)
