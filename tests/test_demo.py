@@ -23,9 +23,7 @@ from anyio_rst.commands._demo_cases import BUFFER, HTTP_WAYS, WAYS, Way, cut_the
 from anyio_rst.commands._demo_clients import Seen, is_true, see_by_curl, see_by_socket
 from anyio_rst.commands._demo_processes import NotMeasured, Process, running
 from anyio_rst.commands._demo_servers import OURS, PLAIN, running_server
-
-# Of the narrowest terminal to be expected.
-WIDTH = 80
+from anyio_rst.commands._probe_report import WIDTH
 
 # Only a demo that hangs takes so long.
 LONG = 120
@@ -84,6 +82,19 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
         f"plain AnyIO told the truth in {plain_truths} of {len(rows)} rows",
         f"anyio_rst told the truth in {len(rows)} of {len(rows)} rows",
     ]
+
+
+def test_demo_needs_neither_an_input_nor_a_place_for_complaints() -> None:
+    program = [sys.executable, "-m", "anyio_rst", "demo"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", *program],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert len(table(done.stdout)) >= len(WAYS)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from test_readme import GREETING, connect, running
 from anyio_rst import __main__
 from anyio_rst.commands import _probe_connect
 from anyio_rst.commands import probe as command
-from anyio_rst.commands._probe_report import End, Report
+from anyio_rst.commands._probe_report import WIDTH, End, Report, shown
 
 from serving import LONG
 
@@ -535,6 +535,21 @@ def test_every_address_fails(
     assert capsys.readouterr() == ("", line)
 
 
+def test_report_fits_a_terminal() -> None:
+    names = [f"{i}.example.org" for i in range(20)]
+    report = Report("example.org", 443, True, 10.0, address="192.0.2.1")
+    report.failed_addresses.append({"address": "2001:db8::1", "error": "no " * 50})
+    report.tls_version, report.tls_certificate_names = "TLSv1.3", names
+    report.sent_bytes = report.received_bytes = 10**15
+    report.conclude(End.TLS_FAILED, "very " * 50 + "long")
+    lines = shown(report).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert " ".join(names) in " ".join(line[15:] for line in lines)
+    for end in End:
+        report.conclude(end)
+        assert max(map(len, shown(report).splitlines())) <= WIDTH
+
+
 @pytest.mark.parametrize("host", ["::1", "[::1]"])
 def test_ipv6(host: str) -> None:
     try:
@@ -955,4 +970,6 @@ def test_documented_output_is_what_is_printed() -> None:
                 check=False,
             )
             told = done.stdout.decode().replace(str(port), "8000")
+            if "--json" not in command:
+                assert max(map(len, told.splitlines())) <= WIDTH
             assert without_times(told) == without_times(output)

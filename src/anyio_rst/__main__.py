@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
 from .commands import demo, probe
+from .commands._output import NOT_READ, Parser, Unwritable, complain
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
+
+PROGRAM = "anyio-rst"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that *argv* (default: the command line) names.
+
+    What closes its standard output or fills it ends a command with a line on the standard
+    error at most.
 
     Returns:
       The exit status.
@@ -21,10 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: the command line asks for help, or is wrong (status 2).
     """
-    parser = argparse.ArgumentParser(
-        prog="anyio-rst", description="TCP connections that end truthfully."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    name = PROGRAM
+    try:
+        arguments = parse(argv)
+        name = f"{PROGRAM} {arguments.command}"
+        status: int = arguments.run(arguments)
+        return status
+    except Unwritable as exc:
+        if exc.status != NOT_READ:
+            complain(f"{name}: cannot write the output: {exc}")
+        return exc.status
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog=PROGRAM, description="TCP connections that end truthfully.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo_parser = commands.add_parser(
         "demo",
         help="show how each way out of a handler ends, without and with anyio_rst",
@@ -39,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     probe.add_arguments(probe_parser)
     probe_parser.set_defaults(run=probe.run)
-    arguments = parser.parse_args(argv)
-    status: int = arguments.run(arguments)
-    return status
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

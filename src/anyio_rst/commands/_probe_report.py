@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import ssl
+import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,17 @@ if TYPE_CHECKING:
     from anyio_rst._peer import PeerClose
 
 
+# Columns of the narrowest terminal to be expected.
+WIDTH = 80
+
+
 class End(enum.Enum):
     """How it ended: the exit status, what the report calls it, and what it means."""
 
     FIN = (
         0,
         "FIN",
-        "complete, as far as TCP can tell: a program that crashed sends a FIN as well",
+        "complete, as far as TCP can tell: a crashed program sends FIN too",
     )
     CLOSE_NOTIFY = (0, "close_notify", "complete: the server ended its TLS session")
     RST = (3, "RST", "broken off: the connection was reset")
@@ -106,29 +111,32 @@ def reason_of(exc: BaseException) -> str:
     return str(exc)
 
 
-def show(report: Report) -> None:
-    for failed in report.failed_addresses:
-        print_line("not connected", f"{failed['address']}: {failed['error']}")
-    print_line("connected", f"{report.address}{within(report.connect_seconds)}")
+def shown(report: Report) -> str:
+    lines = [
+        line("not connected", f"{failed['address']}: {failed['error']}")
+        for failed in report.failed_addresses
+    ]
+    lines.append(line("connected", f"{report.address}{within(report.connect_seconds)}"))
     if report.tls:
         names = report.tls_certificate_names or []
         parts = [report.tls_version, report.tls_cipher, " ".join(names)]
-        shown = ", ".join(part for part in parts if part)
-        print_line("TLS", f"{shown}{within(report.tls_handshake_seconds)}")
+        session = ", ".join(part for part in parts if part)
+        lines.append(line("TLS", f"{session}{within(report.tls_handshake_seconds)}"))
     not_all = ", not all" if report.sent_all is False else ""
-    print_line("sent", f"{report.sent_bytes:,} bytes{not_all}")
+    lines.append(line("sent", f"{report.sent_bytes:,} bytes{not_all}"))
     first = report.first_byte_seconds
     first_byte = "" if first is None else f", the first{after(first)}"
-    print_line("received", f"{report.received_bytes:,} bytes{first_byte}")
+    lines.append(line("received", f"{report.received_bytes:,} bytes{first_byte}"))
     end = End[report.end or ""]
-    shown = f"{end.shown}{after(report.end_seconds)}"
+    how = f"{end.shown}{after(report.end_seconds)}"
     if report.error is not None:
-        shown = f"{shown}: {report.error}"
+        how = f"{how}: {report.error}"
     if end is End.CLOSE_NOTIFY:
         tcp_end = f"{report.tcp_end or 'no end of TCP'}{after(report.tcp_end_seconds)}"
-        shown = f"{shown}, then {tcp_end}"
-    print_line("end", shown)
-    print_line("verdict", report.verdict or "")
+        how = f"{how}, then {tcp_end}"
+    lines.append(line("end", how))
+    lines.append(line("verdict", report.verdict or ""))
+    return "\n".join(lines)
 
 
 def within(seconds: float | None) -> str:
@@ -139,8 +147,14 @@ def after(seconds: float | None) -> str:
     return "" if seconds is None else f" after {seconds:.3f} s"
 
 
-def print_line(label: str, text: str) -> None:
-    print(f"{label:13}  {text}")
+def line(label: str, text: str) -> str:
+    return textwrap.fill(
+        f"{label:13}  {text}",
+        WIDTH,
+        subsequent_indent=" " * 15,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 # What programs read.

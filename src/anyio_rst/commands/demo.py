@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from ._demo_cases import HTTP_WAYS, WAYS
 from ._demo_clients import Seen, see_by_curl, see_by_socket
 from ._demo_processes import NotMeasured
 from ._demo_servers import LOOPS, OURS, SIDES, running_server
+from ._output import NOT_READ, NOT_WRITTEN, USAGE, complain, put
 
 if TYPE_CHECKING:
     import argparse
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 Row = dict[str, Seen]
 
 
-# Exit statuses.
+# Exit statuses, besides those of _output.py.
 LIED = 1
-USAGE = 2
 UNKNOWN = 3
 
 
@@ -63,7 +62,7 @@ def show(loop: str) -> list[Row]:
     put_line(loop, "answer", *SIDES)
     rows = show_rows(loop, "the handler ...", "the client got", WAYS, see_by_socket)
     if shutil.which("curl") is None:
-        print("curl is not installed: its part is left out")
+        put("curl is not installed: its part is left out")
     else:
         rows += show_rows(
             loop, "the HTTP handler ...", "curl got", HTTP_WAYS, see_by_curl
@@ -72,8 +71,7 @@ def show(loop: str) -> list[Row]:
         truths = [row[side].true for row in rows]
         told = f"{side} told the truth in {truths.count(True)} of {len(truths)} rows"
         unknown = truths.count(None)
-        told = f"{told}, {unknown} not measured" if unknown else told
-        print(told, flush=True)
+        put(f"{told}, {unknown} not measured" if unknown else told)
     return rows
 
 
@@ -98,7 +96,7 @@ VERDICTS = {True: "true", False: "LIE", None: "?"}
 
 def put_line(label: str, size: str, *cells: str) -> None:
     columns = (f"{label:24}", f"{size:>9}", *(f"{text:20}" for text in cells))
-    print("  ".join(columns).rstrip(), flush=True)
+    put("  ".join(columns).rstrip())
 
 
 def exit_status(rows: Iterable[Row]) -> int:
@@ -122,7 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = (
         f"Exit status: 0 anyio_rst told the truth, {LIED} it lied, {USAGE} wrong usage "
-        f"or a loop that is not installed, {UNKNOWN} something could not be measured."
+        f"or a loop that is not installed, {UNKNOWN} something could not be measured, "
+        f"{NOT_WRITTEN} the table could not be written, {NOT_READ} nobody read it."
     )
 
 
@@ -137,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
         if importlib.util.find_spec(loop) is not None:
             rows += show(loop)
         elif arguments.loop == "all":
-            print(f"{loop} is not installed, and left out")
+            put(f"{loop} is not installed, and left out")
         else:
             tell(f"{loop} is not installed")
             return USAGE
@@ -145,4 +144,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def tell(line: str) -> None:
-    print(f"anyio-rst demo: {line}", file=sys.stderr)
+    complain(f"anyio-rst demo: {line}")

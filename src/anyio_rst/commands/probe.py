@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import sys
 from argparse import ArgumentTypeError
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -24,9 +23,10 @@ from anyio_rst._connection import Connection
 from anyio_rst._limits import Drain
 from anyio_rst._peer import PeerClose
 
+from ._output import NOT_READ, NOT_WRITTEN, USAGE, complain, put
 from ._probe_connect import client_context, connect, resolve, secure
 from ._probe_conversation import Conversation, Unreadable
-from ._probe_report import End, Failure, Report, reason_of, rounded, show
+from ._probe_report import End, Failure, Report, reason_of, rounded, shown
 
 if TYPE_CHECKING:
     import argparse
@@ -37,9 +37,6 @@ QUIET = 0.5
 
 # The longest --timeout, in seconds.
 DAY = 86400.0
-
-# The exit status of a command line that cannot be run, as argparse has it.
-USAGE = 2
 
 
 async def probe(
@@ -106,7 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print one JSON object instead of lines"
     )
     statuses = ", ".join(f"{end.status} {end.name}" for end in End)
-    parser.epilog = f"Exit status: {statuses}; {USAGE} wrong usage."
+    parser.epilog = (
+        f"Exit status: {statuses}; {USAGE} wrong usage, {NOT_WRITTEN} the output could "
+        f"not be written, {NOT_READ} nobody read it."
+    )
 
 
 def host_name(text: str) -> str:
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     report = Report(arguments.host, arguments.port, arguments.tls, arguments.timeout)
     if arguments.tls and arguments.half_close:
-        complain("--half-close is not for --tls: no half-close there")
+        tell("--half-close is not for --tls: no half-close there")
         return USAGE
     try:
         with ExitStack() as stack:
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
                 backend="asyncio",
             )
     except Unreadable as exc:
-        complain(f"cannot read {arguments.send}: {exc}")
+        tell(f"cannot read {arguments.send}: {exc}")
         return USAGE
     except Failure as exc:
         report.conclude(exc.end, str(exc))
@@ -172,11 +172,11 @@ def run(arguments: argparse.Namespace) -> int:
         # AnyIO has its own way for Ctrl-C before Python 3.11, and that ends in this.
         report.conclude(End.INTERRUPTED)
     if arguments.json:
-        print(json.dumps(rounded(asdict(report))))
+        put(json.dumps(rounded(asdict(report))))
     elif report.end_seconds is not None:
-        show(report)
+        put(shown(report))
     if report.end_seconds is None:
-        complain(report.error or "interrupted")
+        tell(report.error or "interrupted")
     assert report.exit_status is not None
     return report.exit_status
 
@@ -195,5 +195,5 @@ def open_source(name: str) -> FileIO:
         raise Unreadable(reason_of(exc)) from exc
 
 
-def complain(line: str) -> None:
-    print(f"anyio-rst probe: {line}", file=sys.stderr)
+def tell(line: str) -> None:
+    complain(f"anyio-rst probe: {line}")

@@ -1,0 +1,75 @@
+"""What the commands print, also where nothing takes it."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from typing import IO, TYPE_CHECKING, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+# The exit status of a command line that cannot be run, as argparse has it.
+USAGE = 2
+
+# EX_IOERR of sysexits.h.
+NOT_WRITTEN = 74
+
+# 128 + SIGPIPE: what a shell says of a program that SIGPIPE killed. Python ignores that.
+NOT_READ = 141
+
+
+class Unwritable(Exception):
+    """The standard output does not take what a command prints."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(os.strerror(number))
+        self.status = NOT_READ if number == errno.EPIPE else NOT_WRITTEN
+
+
+def put(text: str) -> None:
+    """Print on the standard output, now.
+
+    Raises:
+      Unwritable: it is full, or closed on either side.
+    """
+    if sys.stdout is None:  # it was closed when Python started
+        raise Unwritable(errno.EBADF)
+    try:
+        print(text, flush=True)
+    except OSError as exc:
+        discard(sys.stdout)
+        raise Unwritable(exc.errno or errno.EIO) from exc
+
+
+def complain(line: str) -> None:
+    """Print on the standard error, if it takes that."""
+    if sys.stderr is None:  # print() would take the standard output instead
+        return
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Forget what *stream* holds.
+
+    Python would write it when it exits, and fail again: docs.python.org, "Note on
+    SIGPIPE" of :mod:`signal`.
+    """
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), stream.fileno())
+
+
+class Parser(argparse.ArgumentParser):
+    """One that does not take for printed what was not."""
+
+    def print_help(self, file: SupportsWrite[str] | IO[str] | None = None) -> None:
+        put(self.format_help().rstrip("\n"))
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{self.format_usage()}{self.prog}: error: {message}")
+        sys.exit(USAGE)

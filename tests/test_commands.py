@@ -1,0 +1,134 @@
+"""The commands where their output is closed or full."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from anyio_rst.commands._probe_report import WIDTH
+
+from serving import LONG
+
+PROGRAM = [sys.executable, "-m", "anyio_rst"]
+
+HELP = [["--help"], ["demo", "--help"], ["probe", "--help"]]
+
+FULL = Path("/dev/full")
+
+
+def run(
+    argv: list[str],
+    redirections: str,
+    stdout: int = subprocess.PIPE,
+    *,
+    buffered: bool = True,
+) -> tuple[int, str, str]:
+    """The status of the program, and what it says on both of its outputs."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirections}', "sh", *PROGRAM, *argv],
+        env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1", "COLUMNS": "80"},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        timeout=LONG,
+        check=False,
+    )
+    return done.returncode, (done.stdout or b"").decode(), done.stderr.decode()
+
+
+@contextmanager
+def nobody_reads() -> Iterator[int]:
+    """A pipe whose other end is closed."""
+    receive, send = os.pipe()
+    os.close(receive)
+    try:
+        yield send
+    finally:
+        os.close(send)
+
+
+@contextmanager
+def answered(argv: list[str]) -> Iterator[list[str]]:
+    """*argv*, with a server that answers it if it is to probe one."""
+    if argv != ["probe"]:
+        yield argv
+        return
+
+    def answer() -> None:
+        with listener.accept()[0] as sock:
+            sock.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LONG)
+        answering = threading.Thread(target=answer)
+        answering.start()
+        yield [*argv, *map(str, listener.getsockname())]
+        answering.join(LONG)
+
+
+each_output = pytest.mark.parametrize("argv", [*HELP, ["demo"], ["probe"]], ids=" ".join)
+
+
+@each_output
+@pytest.mark.parametrize(
+    ("redirections", "reason", "buffered"),
+    [
+        (">/dev/full", "No space left on device", True),
+        (">/dev/full", "No space left on device", False),
+        (">&-", "Bad file descriptor", True),
+        (">/dev/full 2>/dev/full", "", True),
+        ("<&- >&- 2>&-", "", True),
+    ],
+)
+def test_output_that_cannot_be_written_is_status_74(
+    argv: list[str], redirections: str, reason: str, buffered: bool
+) -> None:
+    if "full" in redirections and not FULL.exists():
+        pytest.skip("no /dev/full")
+    with answered(argv) as command:
+        done = run(command, redirections, buffered=buffered)
+    name = "anyio-rst" if "--help" in argv else f"anyio-rst {argv[0]}"
+    line = f"{name}: cannot write the output: {reason}\n" if reason else ""
+    assert done == (74, "", line)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@each_output
+def test_output_that_nobody_reads_is_status_141(argv: list[str], buffered: bool) -> None:
+    with answered(argv) as command, nobody_reads() as pipe:
+        assert run(command, "", pipe, buffered=buffered) == (141, "", "")
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        ([], 2),
+        (["dance"], 2),
+        (["probe", "host", "http"], 2),
+        (["probe", "127.0.0.1", "1", "--send", "/no/such/file"], 2),
+        (["probe", "127.0.0.1", "1"], 6),
+    ],
+    ids=str,
+)
+def test_complaint_that_cannot_be_written_changes_nothing(
+    argv: list[str], status: int, redirection: str
+) -> None:
+    if "full" in redirection and not FULL.exists():
+        pytest.skip("no /dev/full")
+    assert run(argv, redirection) == (status, "", "")
+
+
+@pytest.mark.parametrize("argv", HELP, ids=" ".join)
+def test_help_fits_a_terminal(argv: list[str]) -> None:
+    status, out, err = run(argv, "")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= WIDTH
