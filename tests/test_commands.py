@@ -1,8 +1,9 @@
-"""The commands where their output is closed or full."""
+"""The commands where their output is closed or full, and where a signal ends them."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from anyio_rst import __main__
+from anyio_rst.commands._interruption import Interrupted, interruption
 from anyio_rst.commands._probe_report import WIDTH
 
 from serving import LONG
@@ -132,3 +135,49 @@ def test_help_fits_a_terminal(argv: list[str]) -> None:
     status, out, err = run(argv, "")
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= WIDTH
+
+
+# Signals.
+
+
+def test_interruption_is_held_back() -> None:
+    held = []
+    with interruption.caught(signal.SIGINT):
+        with pytest.raises(Interrupted):
+            with interruption.held():
+                signal.raise_signal(signal.SIGINT)
+                held.append(signal.getsignal(signal.SIGINT))
+    assert held == [signal.SIG_IGN]  # one is enough
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interruption_wakes_what_holds_it_back() -> None:
+    woken = []
+    with interruption.caught(signal.SIGINT):
+        with pytest.raises(Interrupted):
+            with interruption.held():
+                with interruption.waking(lambda: woken.append("in time")):
+                    signal.raise_signal(signal.SIGINT)
+                with interruption.waking(lambda: woken.append("too late")):
+                    pass
+    assert woken == ["in time", "too late"]
+
+
+def test_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.caught(signal.SIGINT):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_commands_run_in_any_thread() -> None:
+    statuses = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    argv = ["probe", "127.0.0.1", port]
+    thread = threading.Thread(target=lambda: statuses.append(__main__.main(argv)))
+    thread.start()
+    thread.join(LONG)
+    assert statuses == [6]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
@@ -318,6 +322,139 @@ def test_lie_is_worse_than_what_is_not_known() -> None:
     rows = [{PLAIN: lie, OURS: each} for each in (lie, unknown)]
     assert demo.exit_status(rows) == demo.exit_status(rows[::-1]) == 1
     assert demo.exit_status([{PLAIN: unknown, OURS: Seen("", true=True)}]) == 0
+
+
+# Signals.
+
+
+@dataclasses.dataclass
+class Running:
+    """The demo as a program, and all that it started: they have its mark."""
+
+    process: subprocess.Popen[str]
+    mark: bytes
+
+    def read_lines(self, count: int) -> None:
+        assert self.process.stdout is not None
+        for _ in range(count):
+            assert self.process.stdout.readline()
+
+    def others(self) -> set[int]:
+        found = set()
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                marked = self.mark in (directory / "environ").read_bytes()
+            except OSError:  # it is gone
+                continue
+            if marked and int(directory.name) != self.process.pid:
+                found.add(int(directory.name))
+        return found
+
+    def end(self) -> tuple[int, str, set[int]]:
+        """Its status, its complaint, and whom it left behind."""
+        _, err = self.process.communicate(timeout=LONG)
+        return self.process.returncode, err, self.others()
+
+
+@pytest.fixture
+def running_demo() -> Iterator[Any]:
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("needs Linux")
+    started: list[Running] = []
+
+    def start(loop: str) -> Running:
+        mark = str(uuid.uuid4())
+        process = subprocess.Popen(
+            [sys.executable, "-m", "anyio_rst", "demo", "--loop", loop],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "MARK": mark},
+            start_new_session=True,
+        )
+        started.append(Running(process, mark.encode()))
+        return started[-1]
+
+    yield start
+    for each in started:
+        with each.process as process:
+            process.kill()
+
+
+@pytest.mark.parametrize("lines", [2, 3, 8, 12])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_ctrl_c_is_one_line_and_status_130(
+    loop: str, lines: int, running_demo: Any
+) -> None:
+    demo = running_demo(loop)
+    demo.read_lines(lines)
+    while not demo.others():
+        assert demo.process.poll() is None
+    os.killpg(demo.process.pid, signal.SIGINT)  # as a terminal does
+    assert demo.end() == (130, "anyio-rst demo: interrupted\n", set())
+
+
+def test_ctrl_c_again_and_again(running_demo: Any) -> None:
+    demo = running_demo("asyncio")
+    demo.read_lines(2)
+    while demo.process.poll() is None:
+        os.killpg(demo.process.pid, signal.SIGINT)
+    assert demo.end() == (130, "anyio-rst demo: interrupted\n", set())
+
+
+@pytest.mark.skipif(not Path("/proc/self/wchan").exists(), reason="needs Linux")
+def test_ctrl_c_while_nobody_reads_on() -> None:
+    """As in `anyio-rst demo | less`: what is yet to be written is not waited for."""
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(send, bytes(4096))
+    os.set_blocking(send, True)
+    with open(receive, "rb"), open(send, "wb") as stdout:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "anyio_rst", "demo"],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            waits_in = Path(f"/proc/{process.pid}/wchan")
+            deadline = time.monotonic() + LONG
+            while "pipe_write" not in waits_in.read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=LONG)
+    assert (process.returncode, err) == (130, "anyio-rst demo: interrupted\n")
+
+
+def test_sigterm_is_one_line_and_status_143(running_demo: Any) -> None:
+    demo = running_demo("asyncio")
+    demo.read_lines(3)
+    demo.process.terminate()
+    assert demo.end() == (143, "anyio-rst demo: terminated\n", set())
+
+
+def test_servers_end_with_a_demo_that_is_killed(running_demo: Any) -> None:
+    demo = running_demo("asyncio")
+    demo.read_lines(3)
+    while not demo.others():
+        assert demo.process.poll() is None
+    demo.process.kill()
+    demo.process.wait(LONG)
+    deadline = time.monotonic() + LONG
+    while demo.others():
+        assert time.monotonic() < deadline
+
+
+def test_reader_that_has_seen_enough_ends_it(running_demo: Any) -> None:
+    """As in `anyio-rst demo | head -1`."""
+    demo = running_demo("asyncio")
+    demo.read_lines(1)
+    demo.process.stdout.close()
+    demo.process.stdout = None
+    assert demo.end() == (141, "", set())
 
 
 def test_console_script() -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -32,7 +33,6 @@ from test_readme import GREETING, connect, running
 
 from anyio_rst import __main__
 from anyio_rst.commands import _probe_connect
-from anyio_rst.commands import probe as command
 from anyio_rst.commands._probe_report import WIDTH, End, Report, shown
 
 from serving import LONG
@@ -837,15 +837,124 @@ def test_ctrl_c_is_status_130(options: list[str]) -> None:
         assert output.splitlines()[-1] == "verdict        no end: interrupted"
 
 
-def test_ctrl_c_before_there_is_a_connection(
+def interrupt() -> None:
+    """As an impatient user does."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted_in(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Before there is anything to be reported."""
+    assert __main__.main(["probe", *argv, "--timeout", str(LONG)]) == 130
+    assert capsys.readouterr() == ("", "anyio-rst probe: interrupted\n")
+
+
+def test_ctrl_c_while_it_resolves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: object) -> list[Any]:
-        raise KeyboardInterrupt
+    over = threading.Event()
 
-    monkeypatch.setattr(command, "resolve", interrupt)
-    assert __main__.main(["probe", "example.org", "80"]) == 130
-    assert capsys.readouterr() == ("", "anyio-rst probe: interrupted\n")
+    def hang(*_: object, **__: object) -> list[Any]:
+        interrupt()
+        over.wait(LONG)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    interrupted_in(["example.org", "80"], capsys)
+    over.set()
+
+
+def test_ctrl_c_before_the_loop_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = anyio.run
+
+    def run_late(*args: Any, **options: Any) -> None:
+        interrupt()
+        run(*args, **options)
+
+    monkeypatch.setattr(anyio, "run", run_late)
+    interrupted_in(["127.0.0.1", str(refused())], capsys)
+
+
+def test_ctrl_c_while_it_connects(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def wait_writable(_: socket.socket) -> None:
+        interrupt()
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(_probe_connect, "wait_writable", wait_writable)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        interrupted_in([*map(str, listener.getsockname())], capsys)
+
+
+def test_ctrl_c_in_the_handshake(capsys: pytest.CaptureFixture[str]) -> None:
+    def behave(sock: socket.socket) -> None:
+        sock.recv(1)
+        interrupt()
+        sees_reset(sock)
+
+    with serving(behave) as port:
+        interrupted_in(["127.0.0.1", str(port), "--tls"], capsys)
+
+
+@pytest.mark.skipif(not Path("/proc/self/wchan").exists(), reason="needs Linux")
+def test_ctrl_c_while_it_waits_for_a_file_to_be_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt_open() -> None:
+        waits_in = Path(f"/proc/self/task/{os.getpid()}/wchan")
+        deadline = time.monotonic() + LONG
+        while waits_in.read_text() != "wait_for_partner" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        interrupt()
+
+    os.mkfifo(tmp_path / "fifo")
+    interrupting = threading.Thread(target=interrupt_open)
+    interrupting.start()
+    interrupted_in(["127.0.0.1", "1", "--send", str(tmp_path / "fifo")], capsys)
+    interrupting.join()
+
+
+@pytest.mark.parametrize("sending", ["all", "on and on"])
+def test_ctrl_c_in_a_conversation(
+    sending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def behave(sock: socket.socket) -> None:
+        sock.recv(1)
+        interrupt()
+        sees_reset(sock)
+
+    file = Path("/dev/zero") if sending == "on and on" else tmp_path / "request"
+    if sending == "all":
+        file.write_bytes(b"x")
+    before = set(threading.enumerate())
+    with serving(behave) as port:
+        argv = ["probe", "127.0.0.1", str(port), "--send", str(file)]
+        assert __main__.main(argv) == 130
+    for reading in set(threading.enumerate()) - before:
+        reading.join(LONG)  # nothing of the probe waits for it
+    assert printed(capsys)[-1] == "verdict        no end: interrupted"
+
+
+def test_sigterm_kills_and_resets() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LONG)
+        argv = [*PROBE, *map(str, listener.getsockname()), "--send", "-"]
+        with subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin is not None
+            process.stdin.write(b"x")
+            process.stdin.flush()
+            with listener.accept()[0] as sock:
+                sock.settimeout(LONG)
+                assert sock.recv(1) == b"x"
+                process.terminate()
+                sees_reset(sock)
+            assert process.communicate(timeout=LONG) == (b"", b"")
+    assert process.returncode == -signal.SIGTERM
 
 
 NO_SECONDS = "must be a number of seconds above 0, and a day at most"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 from .commands import demo, probe
+from .commands._interruption import Interrupted, interruption
 from .commands._output import NOT_READ, Parser, Unwritable, complain
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ PROGRAM = "anyio-rst"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that *argv* (default: the command line) names.
 
-    What closes its standard output or fills it ends a command with a line on the standard
-    error at most.
+    What closes its standard output, fills it, or interrupts it ends a command with a line
+    on the standard error at most.
 
     Returns:
       The exit status.
@@ -28,14 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: the command line asks for help, or is wrong (status 2).
     """
     name = PROGRAM
+    # A process that is ours is over when this returns, and its status is settled.
+    afterwards = signal.SIG_IGN if argv is None else None
     try:
-        arguments = parse(argv)
-        name = f"{PROGRAM} {arguments.command}"
-        status: int = arguments.run(arguments)
-        return status
+        with interruption.caught(signal.SIGINT, afterwards=afterwards):
+            arguments = parse(argv)
+            name = f"{PROGRAM} {arguments.command}"
+            status: int = arguments.run(arguments)
+            return status
     except Unwritable as exc:
         if exc.status != NOT_READ:
             complain(f"{name}: cannot write the output: {exc}")
+        return exc.status
+    except Interrupted as exc:
+        complain(f"{name}: {exc}")
         return exc.status
 
 

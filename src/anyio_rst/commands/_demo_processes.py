@@ -9,6 +9,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ._interruption import interruption
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -110,6 +112,9 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
+_running: set[Process] = set()
+
+
 @contextmanager
 def running(command: Sequence[str]) -> Iterator[Process]:
     """A process that runs *command*. It is killed at the end.
@@ -118,10 +123,27 @@ def running(command: Sequence[str]) -> Iterator[Process]:
       NotMeasured: it cannot be started.
     """
     try:
-        process = Process(command)
+        with interruption.held():
+            process = Process(command)
+            _running.add(process)
     except OSError as exc:
         raise NotMeasured(f"cannot run {command[0]}: {exc.strerror}") from exc
     try:
         yield process
     finally:
         process.end()
+        _running.discard(process)
+
+
+@contextmanager
+def all_ended() -> Iterator[None]:
+    """End the processes also if an interruption kept :func:`running` from it.
+
+    There is no other by then.
+    """
+    try:
+        yield
+    finally:
+        for process in _running:
+            process.end()
+        _running.clear()

@@ -42,6 +42,9 @@ def put(text: str) -> None:
     except OSError as exc:
         discard(sys.stdout)
         raise Unwritable(exc.errno or errno.EIO) from exc
+    except BaseException:
+        discard(sys.stdout)  # Ctrl-C in it: who reads may have stopped reading
+        raise
 
 
 def complain(line: str) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ._demo_cases import HTTP_WAYS, WAYS
 from ._demo_clients import Seen, see_by_curl, see_by_socket
-from ._demo_processes import NotMeasured
+from ._demo_processes import NotMeasured, all_ended
 from ._demo_servers import LOOPS, OURS, SIDES, running_server
+from ._interruption import interruption
 from ._output import NOT_READ, NOT_WRITTEN, USAGE, complain, put
 
 if TYPE_CHECKING:
@@ -121,7 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"Exit status: 0 anyio_rst told the truth, {LIED} it lied, {USAGE} wrong usage "
         f"or a loop that is not installed, {UNKNOWN} something could not be measured, "
-        f"{NOT_WRITTEN} the table could not be written, {NOT_READ} nobody read it."
+        f"{NOT_WRITTEN} the table could not be written, {NOT_READ} nobody read it, 130 "
+        "Ctrl-C, 143 SIGTERM."
     )
 
 
@@ -132,14 +135,15 @@ def run(arguments: argparse.Namespace) -> int:
       The exit status: see :func:`add_arguments`.
     """
     rows: list[Row] = []
-    for loop in LOOPS if arguments.loop == "all" else [arguments.loop]:
-        if importlib.util.find_spec(loop) is not None:
-            rows += show(loop)
-        elif arguments.loop == "all":
-            put(f"{loop} is not installed, and left out")
-        else:
-            tell(f"{loop} is not installed")
-            return USAGE
+    with interruption.caught(signal.SIGTERM), all_ended():
+        for loop in LOOPS if arguments.loop == "all" else [arguments.loop]:
+            if importlib.util.find_spec(loop) is not None:
+                rows += show(loop)
+            elif arguments.loop == "all":
+                put(f"{loop} is not installed, and left out")
+            else:
+                tell(f"{loop} is not installed")
+                return USAGE
     return exit_status(rows)
 
 

@@ -17,12 +17,13 @@ from io import FileIO
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import BrokenResourceError, EndOfStream, move_on_after
+from anyio import BrokenResourceError, CancelScope, EndOfStream, move_on_after
 
 from anyio_rst._connection import Connection
 from anyio_rst._limits import Drain
 from anyio_rst._peer import PeerClose
 
+from ._interruption import Interrupted, interruption
 from ._output import NOT_READ, NOT_WRITTEN, USAGE, complain, put
 from ._probe_connect import client_context, connect, resolve, secure
 from ._probe_conversation import Conversation, Unreadable
@@ -69,6 +70,16 @@ async def probe(
     assert conn.ending is not None
     if report.tcp_end is None and conn.ending.peer is not PeerClose.NONE:
         report.tcp_ended(conn.ending.peer, conversation.elapsed())
+
+
+async def probe_until_interrupted(
+    addresses: list[Any], source: FileIO | None, report: Report, *, half_close: bool
+) -> None:
+    """As :func:`probe`. The loop cannot be trusted to survive an exception anywhere."""
+    loop = asyncio.get_running_loop()
+    with CancelScope() as scope:
+        with interruption.waking(lambda: loop.call_soon_threadsafe(scope.cancel)):
+            await probe(addresses, source, report, half_close=half_close)
 
 
 # The command.
@@ -153,23 +164,24 @@ def run(arguments: argparse.Namespace) -> int:
             source = None
             if arguments.send is not None:
                 source = stack.enter_context(open_source(arguments.send))
-            anyio.run(
-                partial(
-                    probe,
-                    resolve(report),
-                    source,
-                    report,
-                    half_close=arguments.half_close,
-                ),
-                backend="asyncio",
-            )
+            addresses = resolve(report)
+            with interruption.held():
+                anyio.run(
+                    partial(
+                        probe_until_interrupted,
+                        addresses,
+                        source,
+                        report,
+                        half_close=arguments.half_close,
+                    ),
+                    backend="asyncio",
+                )
     except Unreadable as exc:
         tell(f"cannot read {arguments.send}: {exc}")
         return USAGE
     except Failure as exc:
         report.conclude(exc.end, str(exc))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        # AnyIO has its own way for Ctrl-C before Python 3.11, and that ends in this.
+    except Interrupted:
         report.conclude(End.INTERRUPTED)
     if arguments.json:
         put(json.dumps(rounded(asdict(report))))
