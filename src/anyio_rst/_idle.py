@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import TYPE_CHECKING
 
-from anyio import CancelScope, current_time
+from anyio import (
+    CancelScope,
+    current_effective_deadline,
+    current_time,
+    get_cancelled_exc_class,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from typing_extensions import Self
 
@@ -31,13 +37,21 @@ class Idle:
     A receive in it prefers what has arrived to being cancelled.
     """
 
-    __slots__ = ("_life", "_scope", "_server_stops", "_timeout", "ended")
+    __slots__ = (
+        "_cancellations",
+        "_life",
+        "_scope",
+        "_server_stops",
+        "_timeout",
+        "ended",
+    )
 
     def __init__(self, life: Lifecycle, timeout: float | None) -> None:
         self._life = life
         self._timeout = math.inf if timeout is None else timeout
         self._scope = CancelScope()
         self._server_stops = False
+        self._cancellations = 0
         self.ended: bool = False
         """The wait was ended: nothing was received, and it is time to return."""
 
@@ -45,11 +59,14 @@ class Idle:
         life = self._life
         if life.native.idle is not None:
             raise RuntimeError("the connection is idle already")
-        life.native.idle = self
-        self._scope.deadline = current_time() + self._timeout
+        self._scope = CancelScope(deadline=current_time() + self._timeout)
+        self.ended = False
+        self._server_stops = life.server is not None and life.server.stopping
+        if self._server_stops:
+            self._scope.cancel()
+        self._cancellations = _cancellations()
         self._scope.__enter__()
-        if life.server is not None and life.server.stopping:
-            self.stop()
+        life.native.idle = self
         return self
 
     def __exit__(
@@ -61,6 +78,8 @@ class Idle:
         self._life.native.idle = None
         is_over = self._scope.__exit__(exc_type, exc_val, exc_tb)
         self.ended = self._scope.cancelled_caught
+        if exc_val is None and self._scope.cancel_called:
+            _cancel_again(self._cancellations)
         return bool(is_over)
 
     @property
@@ -75,10 +94,29 @@ class Idle:
 
     def stop(self) -> None:
         """The server stops."""
-        self._server_stops = True
-        self._scope.cancel()
+        if not self._scope.cancel_called:
+            self._server_stops = True
+            self._scope.cancel()
 
     @property
     def is_over(self) -> bool:
         """Whether it has been cancelled, by its time-out or the server."""
         return self._scope.cancel_called
+
+
+def _cancellations() -> int:
+    """How often asyncio's `Task.cancel()` was called; 0 where that is not counted."""
+    if get_cancelled_exc_class() is asyncio.CancelledError:
+        cancelling = getattr(asyncio.current_task(), "cancelling", None)
+        if cancelling is not None:  # from Python 3.11 on
+            count: int = cancelling()
+            return count
+    return 0
+
+
+def _cancel_again(before: int) -> None:
+    """A receive that prefers its data has taken a `Task.cancel()` for the idle's end."""
+    if _cancellations() > before and current_effective_deadline() != -math.inf:
+        task: Any = asyncio.current_task()
+        task.uncancel()
+        task.cancel()

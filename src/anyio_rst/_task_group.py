@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from typing_extensions import Self
 
+    from ._idle import Idle
+    from ._lifecycle import Lifecycle
+
 T = TypeVar("T")
 
 
@@ -39,7 +42,7 @@ class ConnectionTaskGroup(TaskGroup):
 
     def __init__(
         self,
-        life: object,
+        life: Lifecycle,
         reset: Callable[[Cause], None],
         finish_on: tuple[type[BaseException], ...],
     ) -> None:
@@ -53,8 +56,10 @@ class ConnectionTaskGroup(TaskGroup):
         self._children = 0
         self._childless: anyio.Event | None = None
         self._around: ConnectionTaskGroup | _Child | None = None
+        self._idle: Idle | None = None
 
     async def __aenter__(self) -> Self:
+        self._idle = self._life.native.idle
         self._around = _around.get()
         _around.set(self)
         self.cancel_scope.__enter__()
@@ -96,9 +101,11 @@ class ConnectionTaskGroup(TaskGroup):
             self._childless = anyio.Event()
             await self._childless.wait()
 
-    def was_stopped(self, life: object) -> bool:
+    def was_stopped(self, life: Lifecycle) -> bool:
         """Whether it, or what is around it, was cancelled on purpose."""
-        if self._life is life and self.cancel_scope.cancel_called:
+        if self._life is life and (
+            self.cancel_scope.cancel_called or _is_over(self._idle)
+        ):
             return True
         return self._around is not None and self._around.was_stopped(life)
 
@@ -187,7 +194,7 @@ class _Child:
         self._task_status.started(value)
         self.has_started = True
 
-    def was_stopped(self, life: object) -> bool:
+    def was_stopped(self, life: Lifecycle) -> bool:
         """Whether it, or what is around it, was cancelled on purpose."""
         handle = self.handle
         if handle is not None and handle.status is type(handle).Status.CANCELLING:
@@ -201,10 +208,19 @@ _around: ContextVar[ConnectionTaskGroup | _Child | None] = ContextVar(
 )
 
 
-def is_stopped(life: object) -> bool:
-    """Whether the running task is in a group of that connection that was stopped."""
+def is_stopped(life: Lifecycle) -> bool:
+    """Whether the running task is in what has been stopped on purpose.
+
+    That is a group of that connection, or its :meth:`~Connection.idle`.
+    """
+    if _is_over(life.native.idle):
+        return True
     around = _around.get()
     return around is not None and around.was_stopped(life)
+
+
+def _is_over(idle: Idle | None) -> bool:
+    return idle is not None and idle.is_over
 
 
 def _raised(

@@ -107,14 +107,9 @@ class SecureStream:
         engine = cast("Engine", self._engine)
         self._receiving = True
         try:
-            # What is decrypted already comes without one.
             try:
-                await checkpoint()
-            except BaseException as exc:
-                if not self._native.prefers_input(exc):
-                    raise
-            self._refuse()
-            try:
+                await checkpoint()  # what is decrypted already comes without one
+                self._refuse()
                 data = await engine.receive(max_bytes)
             except EndOfStream:
                 self._native.look()
@@ -122,6 +117,12 @@ class SecureStream:
             except Exception as exc:
                 told = await self._translated(exc, engine)
                 raise told from told.__cause__ or exc.__cause__
+            except BaseException as exc:
+                if not self._native.prefers_input(exc):
+                    raise
+                data = await self._receive_arrived(engine, max_bytes)
+                if not data:
+                    raise
             self._native.refuse_if_closed()
             self.received += len(data)
             return data
@@ -130,6 +131,17 @@ class SecureStream:
             raise
         finally:
             self._receiving = False
+
+    async def _receive_arrived(self, engine: Engine, max_bytes: int) -> bytes:
+        """What there is, without waiting for the peer; nothing at the end as well."""
+        if self._broken is not None or self.session is None:
+            return b""
+        data = b""
+        self._transport.takes_what_is_there = True
+        with CancelScope(shield=True), suppress(Exception):
+            data = await engine.receive(max_bytes)
+        self._transport.takes_what_is_there = False
+        return data
 
     async def send(self, item: bytes) -> None:
         if self._sending:

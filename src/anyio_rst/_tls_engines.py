@@ -73,6 +73,7 @@ class Transport(ByteStream):
         self.holds = False  # sends nothing now
         self.is_over = False  # has nothing more to receive
         self.has_received = False
+        self.takes_what_is_there = False  # waits for nothing
         self.sending = Lock(fast_acquire=True)
 
     @property
@@ -82,6 +83,8 @@ class Transport(ByteStream):
     async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
         if self.is_over:
             raise EndOfStream
+        if self.takes_what_is_there:
+            return self.native.receive_nowait(max_bytes)
         data = await self.native.receive(max_bytes)
         self.has_received = True
         return data
@@ -90,7 +93,8 @@ class Transport(ByteStream):
         self.waiting += item
         # Who is sending already sends this as well: a receive must not wait for a peer
         # that is waiting for it.
-        if not self.holds and not self.sending.locked():
+        busy = self.holds or self.takes_what_is_there or self.sending.locked()
+        if not busy:
             # A loss is told by the receive that follows, behind what has arrived.
             with suppress(ConnectionLost):
                 async with self.sending:
