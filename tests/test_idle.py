@@ -455,7 +455,7 @@ async def test_bad_time_outs_are_refused(timeout: Any, error: type[Exception]) -
 
 async def test_idle_twice_is_refused() -> None:
     async with open_peer(drain=None) as (conn, peer):
-        async with connection_scope(conn) as inner:
+        async with connection_scope(conn, drain=None) as inner:
             with conn.idle(LONG):
                 for same in (conn, inner):
                     with pytest.raises(RuntimeError, match="is idle already"):

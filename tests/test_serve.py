@@ -402,17 +402,6 @@ async def test_cancelling_cuts_a_drain_short_and_leaves_it_a_fin() -> None:
     assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
 
 
-async def test_backlog_of_a_server_that_stops_is_reset() -> None:
-    """What was never accepted gets no FIN, which would say that it was served."""
-    peers: list[Peer] = []
-    async with anyio.create_task_group() as tg:
-        server = await tg.start(partial(serve_tcp, echo, host="127.0.0.1"))
-        server.stop()
-        peers.append(Peer(server.port))  # accepted by the kernel, and by nobody else
-    with peers[0] as peer:
-        assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-
-
 # Whose tasks.
 
 

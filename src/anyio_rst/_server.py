@@ -104,6 +104,8 @@ class Server:
             if _sockets.prepare_listener(sock, keepalive, is_own=are_own)
         }
         self._emptied: set[socket.socket] = set()
+        # How many of those that connected before it was stopped are still to be accepted.
+        self._waiting: dict[socket.socket, int] = {}
         # Where room or descriptors are short, the listening sockets take turns, and one
         # of them at a time says so in the log.
         self._turn = Lock(fast_acquire=True)
@@ -144,6 +146,11 @@ class Server:
         Who connects between the last accept and the close is reset by the kernel, unless
         another process has the listening socket, too.
         """
+        if self.stopping:
+            return
+        for listener in self._sockets:
+            size = _tcp_info.backlog(listener)
+            self._waiting[listener] = socket.SOMAXCONN if size is None else size
         self._accepting.cancel()
         for connection in self._open:
             idle = connection._life.native.idle
@@ -205,35 +212,34 @@ class Server:
 
     async def _serve_backlogs(self, tasks: HandlersIn) -> None:
         """Accept those who were waiting when it was stopped, and none who came later."""
-        waiting = [(sock, _tcp_info.backlog(sock)) for sock in self._sockets]
-        for listener, left in waiting:
-            if left is None:
-                left = socket.SOMAXCONN
-            while left > 0:
+        for listener in self._sockets:
+            while (left := self._waiting[listener]) > 0:
                 while (room := self._max_connections - len(self._open)) <= 0:
                     await self._wait_for_an_end()
                 most = min(left, room, ACCEPTS_PER_TURN)
-                taken = await self._accept_up_to(most, listener, tasks)
-                if not taken and not self._open:
-                    break  # they have gone, or there is nothing to wait for
-                left -= taken
+                may_improve = bool(self._open)  # by a descriptor that becomes free
+                is_empty = await self._accept_up_to(most, listener, tasks)
+                if is_empty or (self._waiting[listener] == left and not may_improve):
+                    break
                 await checkpoint()
 
     async def _accept_up_to(
         self, most: int, listener: socket.socket, tasks: HandlersIn
-    ) -> int:
-        """Accept until the backlog is empty; return how many were taken from it."""
+    ) -> bool:
+        """Accept until the backlog is empty; return whether it is."""
         inherits = listener in self._emptied
         listener.setblocking(False)  # another process that has it may have undone that
-        for taken in range(most):
+        for _ in range(most):
             try:
                 with _forking.lock:
                     sock, address = listener.accept()
                     _forking.own(sock)
+                    if self._waiting:
+                        self._waiting[listener] -= 1
             except BlockingIOError:
                 if listener in self._arming:
                     self._emptied.add(listener)
-                return taken
+                return True
             except OSError as exc:
                 if exc.errno in _sockets.CAPACITY_ERRNOS:
                     logger.error(
@@ -243,14 +249,14 @@ class Server:
                         CAPACITY_RETRY,
                     )
                     await sleep(CAPACITY_RETRY)
-                    return taken
+                    return False
                 if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
                     continue
                 raise
             if not inherits:
                 _sockets.prepare_accepted(sock, self._keepalive)
             self._start(sock, _sockets.host_and_port(address), tasks)
-        return most
+        return False
 
     def _start(
         self,
