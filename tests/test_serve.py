@@ -16,10 +16,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
@@ -722,6 +724,47 @@ async def test_statistics_tell_what_became_of_the_connections() -> None:
     after = server.statistics()
     assert (after.open_connections, after.accepted_connections) == (0, 6)
     assert after.endings_by_cause[Cause.CANCELLED] == 1
+
+
+async def test_statistics_may_be_asked_for_by_another_thread() -> None:
+    """An exporter's; connections end, each for another cause, between any two lines."""
+
+    async def handler(conn: Connection) -> None:
+        word = await conn.receive()
+        if word == b"finish":
+            raise Failure
+        if word == b"close":
+            await conn.aclose()
+        if word == b"abort":
+            conn.abort()
+        if word == b"raise":
+            raise EOFError
+
+    async def end_one() -> None:
+        if words:
+            with Peer(server.port) as peer:
+                await peer.send(words.pop())
+                await peer.read_to_end()
+            await wait_until(lambda: not server.connections)
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_name == "statistics" and event == "line":
+            anyio.from_thread.run(end_one)
+        return trace
+
+    def ask_slowly() -> int:
+        tracing = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return sum(server.statistics().endings_by_cause.values())
+        finally:
+            sys.settrace(tracing)
+
+    words = [b"raise", b"abort", b"close", b"finish", b"return"]
+    async with serving(handler, finish_on=Failure) as server:
+        await end_one()
+        assert await anyio.to_thread.run_sync(ask_slowly) in range(1, 6)
+        assert not words
 
 
 async def test_statistics_are_a_snapshot_to_keep_and_to_send() -> None:

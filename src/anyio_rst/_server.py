@@ -123,10 +123,14 @@ class Server:
         return frozenset(self._open)
 
     def statistics(self) -> ServerStatistics:
-        """The totals up to now. They stay readable when the server is over."""
+        """The totals up to now. They stay readable when the server is over.
+
+        May be called from any thread.
+        """
         by_kind = dict.fromkeys(CloseKind, 0)
         by_cause = dict.fromkeys(Cause, 0)
-        for (kind, cause), total in self._endings.items():
+        # Copied in one step, as another thread may ask while connections end.
+        for (kind, cause), total in dict(self._endings).items():
             by_kind[kind] += total
             by_cause[cause] += total
         return ServerStatistics(
