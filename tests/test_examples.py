@@ -30,6 +30,12 @@ def test_page_shows_the_example(name: str) -> None:
     assert f"docs/{name}.md" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["limits", "log_json", "metrics", "behind_haproxy"])
+def test_guide_shows_the_example(name: str) -> None:
+    text = (ROOT / "docs" / "server.md").read_text()
+    assert f"```{{literalinclude}} ../examples/{name}.py\n" in text
+
+
 @loops
 def test_line_protocol(loop: str, tmp_path: Path) -> None:
     port = free_port()
