@@ -22,6 +22,7 @@ from test_readme import connect, free_port, on
 
 from anyio_rst import PeerClose
 
+from loading import loaded
 from serving import LONG, Seen
 
 HERE = Path(__file__).parent
@@ -194,26 +195,47 @@ os.execv(command[0], command)
 """
 
 
+def activated(listener: socket.socket, loop: str) -> AbstractContextManager[Process]:
+    descriptor = listener.fileno()
+    command = [sys.executable, "-c", ACTIVATE, str(descriptor)]
+    command += example("activated.py", loop)
+    return running(command, pass_fds=[descriptor])
+
+
 @loops
 def test_socket_activation(loop: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        descriptor = listener.fileno()
         early = call(port)  # before there is anybody to serve it
-        early.sendall(b"early")
-        command = [sys.executable, "-c", ACTIVATE, str(descriptor)]
-        command += example("activated.py", loop)
-        with running(command, pass_fds=[descriptor]) as process:
-            answers(early, b"early")
+        early.sendall(b"early\n")
+        with activated(listener, loop) as process:
+            answers(early, b"early\n")
             finish(early)
             half = call(port)
-            echoes(half, b"half")
+            echoes(half, b"whole\n")
             process.kill()
             with half:
                 assert read_to_end(half) == Seen(b"", PeerClose.RST)
         # The socket is systemd's as well: who comes now waits for the next process.
-        with call(port) as late, running(command, pass_fds=[descriptor]):
-            echoes(late, b"late")
+        with call(port) as late, activated(listener, loop):
+            echoes(late, b"late\n")
+
+
+@loops
+def test_restarts_by_the_socket_lose_nothing(loop: str) -> None:
+    """As `systemctl restart`: the next process starts when the last one has ended."""
+    with socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN) as listener:
+        with loaded(listener.getsockname()[1]) as load:
+            for _ in range(3):
+                with activated(listener, loop) as process:
+                    load.wait_for(100)
+                    process.terminate()
+                    _, errors = process.communicate(timeout=LONG)
+                    assert (process.returncode, errors) == (0, "")
+            with activated(listener, loop):
+                load.wait_for(100)
+                load.end()
+        assert not load.lost
 
 
 @loops
