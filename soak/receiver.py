@@ -8,9 +8,9 @@ FIN, SYN, RST = 0x01, 0x02, 0x04
 class Receiver:
     """What one side's TCP has received, so that it is known which RSTs it obeys.
 
-    RFC 9293, 3.10.7.4: only one that has exactly the expected sequence number; any other
-    it answers with a challenge ACK. Linux obeys one at the end of what it has reported
-    by SACK, too (tcp_validate_incoming()).
+    RFC 5961, 3.2: only one that has exactly the expected sequence number; any other it
+    answers with a challenge ACK. Linux obeys one at the end of the last block that it has
+    reported by SACK, too (tcp_validate_incoming()).
     """
 
     __slots__ = ("expected", "later", "latest", "lost", "obeyed", "reached", "refused")
@@ -24,8 +24,7 @@ class Receiver:
 
     def deliver(self, flags: int, seq: int, length: int) -> None:
         if flags & RST:
-            ends = self.later.values()
-            if self.expected is None or seq == self.expected or seq in ends:
+            if self.expected is None or seq in (self.expected, self._last()):
                 self.obeyed += 1
             else:
                 self.refused += 1
@@ -38,12 +37,20 @@ class Receiver:
         end = (seq + length + bool(flags & FIN)) % 2**32
         if self.expected is None or not _is_beyond(end, self.expected):
             return
+        if end == seq:
+            return  # SACK reports no ACK
         self.later[seq] = end
         while joined := [b for b in self.later if not _is_beyond(b, self.expected)]:
             for begin in joined:
                 end = self.later.pop(begin)
                 if _is_beyond(end, self.expected):
                     self.expected = end
+
+    def _last(self) -> int | None:
+        """The end of all that came too early."""
+        expected = self.expected or 0
+        ends = self.later.values()
+        return max(ends, key=lambda end: (end - expected) % 2**32, default=None)
 
 
 def _is_beyond(seq: int, other: int) -> bool:

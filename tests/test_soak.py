@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,7 +26,7 @@ from test_readme import free_port
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from soak import link, report  # noqa: E402
+from soak import link, records, relay, report  # noqa: E402
 from soak.deaths import PEERS  # noqa: E402
 from soak.disturbances import FIRST, Disturbances  # noqa: E402
 from soak.judge import WRONG, Verdict, judge  # noqa: E402
@@ -54,9 +56,17 @@ from soak.tls import (  # noqa: E402
     peer_context,
     server_context,
 )
-from soak.wire import LOOPBACK_PORTS, PATTERN, place  # noqa: E402
+from soak.wire import (  # noqa: E402
+    LINK_PORTS,
+    LOOPBACK_PORTS,
+    PATTERN,
+    PEER_ADDRESS,
+    SERVER_ADDRESS,
+    place,
+)
 
 CONNECTIONS = 400
+ACK, TCP_CLOSE = 0x10, 7  # a flag, and a state of tcpi_state
 
 SEEN = Seen(
     number=7,
@@ -521,6 +531,93 @@ def test_lost_reset_of_a_peer_is_explained_only_by_what_the_link_knows() -> None
     assert judge(seen, ended, Flow(PASSED, OBEYED))[0] is Verdict.DISAGREEMENT
 
 
+# Three connections whose reset was never seen, as the link has recorded them, without
+# what is delivered in order before: flags, sequence number and length. Each has lost a
+# segment, an ACK and an RST behind it have come, and what follows from the challenge ACK
+# has been lost.
+UNHEARD = """
+to peer 12 3037210143 +0
+lost to peer 18 3037210144 +339
+to peer 10 3037210144 +0
+to peer 10 3037210483 +0
+to peer 14 3037210483 +0
+to server 10 1672787923 +0
+lost to peer 04 3037210144 +0
+"""
+UNHEARD_TLS = """
+to peer 12 3885202367 +0
+to peer 18 3885202368 +933
+lost to peer 18 3885203301 +510
+to peer 10 3885203811 +0
+to peer 14 3885203811 +0
+to server 10 147902410 +0
+lost to peer 04 3885203301 +0
+"""
+UNHEARD_BY_SERVER = """
+to server 02 1649752316 +0
+to server 18 1649752317 +517
+to server 18 1649752834 +80
+lost to server 18 1649752914 +39
+to peer 18 3836142153 +510
+to server 10 1649752953 +0
+to server 14 1649752953 +0
+lost to peer 10 3836142663 +0
+to peer 14 3836142663 +0
+"""
+
+
+def passed(trace: str) -> Flow:
+    flow = relay.Flow(LINK_PORTS.start)
+    for line in trace.split("\n")[1:-1]:
+        *lost, _, to, flags, seq, length = line.split()
+        segment = int(flags, 16), int(seq), int(length)
+        receiver = flow.server if to == "server" else flow.peer
+        if not lost:
+            receiver.deliver(*segment)
+        elif segment[0] & RST:
+            receiver.lost += 1
+    return records.flow(flow.record())
+
+
+@pytest.mark.parametrize(
+    ("trace", "missing", "answer"),
+    [
+        (
+            UNHEARD,
+            "lost to peer 18 3037210144 +339",
+            "lost to peer 04 3037210144 +0",
+        ),
+        (
+            UNHEARD_TLS,
+            "lost to peer 18 3885203301 +510",
+            "lost to peer 04 3885203301 +0",
+        ),
+    ],
+)
+def test_reset_behind_a_lost_segment_is_unheard(
+    trace: str, missing: str, answer: str
+) -> None:
+    """Unless the segment has come, or the RST that answers the challenge ACK."""
+    seen = SEEN_RST._replace(close="NONE", lossy=True, received=0)
+    assert judge(seen, ENDED_RST, passed(trace))[0] is Verdict.RST_LOST
+    for lost in (missing, answer):
+        heard = trace.replace(lost, lost.removeprefix("lost "))
+        assert heard != trace
+        verdict, _ = judge(seen, ENDED_RST, passed(heard))
+        assert verdict is Verdict.DISAGREEMENT
+
+
+def test_reset_of_a_peer_behind_a_lost_segment_is_unheard() -> None:
+    seen = SEEN_RESET._replace(lossy=True)
+    ended = ENDED_RESET._replace(peer="NONE", error="TimeoutError")
+    trace, missing = UNHEARD_BY_SERVER, "lost to server 18 1649752914 +39"
+    assert judge(seen, ended, passed(trace))[0] is Verdict.PEER_RST_LOST
+    answered = trace + "to server 04 1649752914 +0\n"
+    for heard in (trace.replace(missing, missing.removeprefix("lost ")), answered):
+        verdict, _ = judge(seen, ended, passed(heard))
+        assert verdict is Verdict.DISAGREEMENT
+
+
 def test_late_reset_of_a_peer_is_explained_only_by_a_drain_to_its_limit() -> None:
     seen = SEEN_RESET._replace(work=Work.ANSWER, manner=Manner.AFTER_END.value)
     ended = ENDED._replace(peer="NONE", drained=DRAIN_TIMEOUT)
@@ -560,6 +657,13 @@ def test_missing_ending_is_explained_only_if_nothing_reached_the_server() -> Non
         ([(0, 1101, 100), (RST, 1001, 0)], True),
         ([(0, 1101, 100), (RST, 1201, 0)], True),  # the end of a SACK
         ([(0, 1101, 100), (RST, 1301, 0)], False),
+        ([(0, 1101, 100), (0, 1301, 100), (RST, 1201, 0)], False),  # not of the last
+        ([(0, 1101, 100), (0, 1301, 100), (RST, 1401, 0)], True),
+        ([(0, 1301, 100), (0, 1101, 100), (RST, 1401, 0)], True),
+        ([(0, 1101, 100), (0, 1201, 100), (RST, 1201, 0)], False),  # within it
+        ([(0, 1101, 0), (RST, 1101, 0)], False),  # an ACK is not reported by SACK
+        ([(0, 1101, 100), (0, 1301, 0), (RST, 1201, 0)], True),
+        ([(FIN, 1101, 0), (RST, 1102, 0)], True),
         ([(FIN, 1001, 0), (RST, 1002, 0)], True),
         ([(SYN, 1000, 0), (0, 1001, 9), (SYN, 1000, 0), (RST, 1010, 0)], True),
     ],
@@ -572,6 +676,55 @@ def test_link_knows_which_resets_tcp_obeys(
     for segment in segments:
         receiver.deliver(*segment)
     assert (receiver.obeyed, receiver.refused) == (obeyed, not obeyed)
+    if link.available() is None:
+        assert kernel_obeys(segments) == obeyed
+
+
+def kernel_obeys(segments: list[tuple[int, int, int]]) -> bool:
+    """Whether the last of *segments* resets a connection of this kernel's TCP.
+
+    What is written to a TUN has been received when write(2) returns.
+    """
+    end = link.Link()
+    server = end.ports[Way.NATIVE.name]
+    addresses = map(socket.inet_aton, (PEER_ADDRESS, SERVER_ADDRESS))
+    pseudo = b"".join(addresses) + struct.pack("!HH", socket.IPPROTO_TCP, 20)
+
+    def send(flags: int, seq: int, length: int, acked: int, options: bytes = b"") -> None:
+        size = 20 + len(options) + length
+        words = LINK_PORTS.start, server, seq, acked, (20 + len(options)) << 10 | flags
+        tcp = struct.pack("!HHIIHHHH", *words, 2**16 - 1, 0, 0) + options + bytes(length)
+        total = checksum(pseudo[:-2] + struct.pack("!H", size) + tcp)
+        tcp = tcp[:16] + struct.pack("!H", total) + tcp[18:]
+        head = struct.pack("!HHIBBH", 0x4500, 20 + size, 0, 64, socket.IPPROTO_TCP, 0)
+        head = head[:10] + struct.pack("!H", checksum(head + pseudo[:8])) + pseudo[:8]
+        os.write(end.server_tun, head + tcp)
+
+    try:
+        # SACK permitted: RFC 2018, 2; and two options that do nothing.
+        send(SYN, 1000, 0, 0, b"\x04\x02\x01\x01")
+        answer = None
+        while answer is None:  # IPv6 looks for routers
+            packet = os.read(end.server_tun, link.MTU)
+            answer = relay.parsed(packet, to_server=False)
+        acked = (answer[2] + 1) % 2**32
+        send(ACK, 1001, 0, acked)
+        listener = end.listeners[Way.NATIVE]
+        listener.settimeout(5)
+        with listener.accept()[0] as sock:
+            for flags, seq, length in segments:
+                send(flags if flags & SYN else flags | ACK, seq, length, acked)
+            state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            return state == TCP_CLOSE
+    finally:
+        end.close()
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071."""
+    data += b"\0" * (len(data) % 2)
+    words: tuple[int, ...] = struct.unpack(f"!{len(data) // 2}H", data)
+    return 0xFFFF - sum(words) % 0xFFFF
 
 
 def test_sequence_numbers_begin_again() -> None:
