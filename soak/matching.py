@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # connections of each way that went wrong
 
 EXPECTED_RECORDS = (
+    "INFO listening on ",
     "ERROR a handler failed",
     "ERROR accept: ",
     "INFO the peer went away",
