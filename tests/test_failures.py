@@ -78,7 +78,7 @@ def records(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, st
     return lambda: [
         (record.levelname, record.getMessage())
         for record in caplog.records
-        if record.name == "anyio_rst"
+        if record.name == "anyio_rst" and "listening" not in record.msg
     ]
 
 
