@@ -1,0 +1,96 @@
+"""Two machines for a test, and the cable between them, which can be cut.
+
+Network namespaces, and the TUN devices of the soak's link; see `soak.link`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from serving import Peer
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from soak import link
+
+__all__ = ["OUR_ADDRESS", "PEERS_ADDRESS", "Cable", "cable", "link", "on_machine"]
+
+T = TypeVar("T")
+
+OUR_ADDRESS, PEERS_ADDRESS = link.SERVER_ADDRESS, link.PEER_ADDRESS
+
+SIOCGSKNS = 0x894C  # the network namespace of a socket: linux/sockios.h
+
+
+def on_machine(namespace: int, function: Callable[..., T], *args: Any) -> T:
+    """Call it in a thread of that network namespace."""
+    with ThreadPoolExecutor(1, initializer=link.enter, initargs=(namespace,)) as thread:
+        return thread.submit(function, *args).result()
+
+
+class Cable:
+    """Between our machine and that of the peers."""
+
+    def __init__(self, machines: link.Link) -> None:
+        self._theirs = machines.namespace
+        listener = next(iter(machines.listeners.values()))
+        self.ours: int = fcntl.ioctl(listener, SIOCGSKNS)
+        self._ends = {
+            machines.server_tun: machines.peer_tun,
+            machines.peer_tun: machines.server_tun,
+        }
+        self._is_cut = threading.Event()
+        self._stop, self._stopped = os.pipe()
+        self._thread = threading.Thread(target=self._carry)
+        self._thread.start()
+
+    def close(self) -> None:
+        os.close(self._stopped)
+        self._thread.join()
+        os.close(self._stop)
+        os.close(self.ours)
+
+    def _carry(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._stop, *self._ends], [], [])
+            if self._stop in ready:
+                return
+            for tun in ready:
+                with suppress(BlockingIOError):
+                    packet = os.read(tun, 2 * link.MTU)
+                    if not self._is_cut.is_set():
+                        os.write(self._ends[tun], packet)
+
+    def cut(self) -> None:
+        self._is_cut.set()
+
+    def connect(self, port: int) -> Peer:
+        """A peer, over there, that connects to us."""
+        return on_machine(self._theirs, lambda: Peer(port, host=OUR_ADDRESS))
+
+    def listen(self) -> socket.socket:
+        """A socket over there."""
+        return on_machine(self._theirs, socket.create_server, (PEERS_ADDRESS, 0))
+
+
+@contextmanager
+def cable() -> Iterator[Cable]:
+    machines = link.Link()
+    try:
+        between = Cable(machines)
+        try:
+            yield between
+        finally:
+            between.close()
+    finally:
+        machines.close()
