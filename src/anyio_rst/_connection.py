@@ -234,8 +234,8 @@ class Connection(Conversation):
         return self._life.cause is not None
 
     def _forget_counts(self) -> None:
-        native = self._life.native
-        native.sent = native.received = 0
+        for stream in (self._life.native, self._life.stream):
+            stream.sent = stream.received = 0
 
     async def _end(self, cause: Cause) -> None:
         """The verdict falls: *cause*, unless a send was torn."""

@@ -81,11 +81,11 @@ class FailureLog:
 
 def _was_ended_from_outside(connection: Connection, failure: BaseException) -> bool:
     ending = connection.ending
-    return (
-        ending is not None
-        and ending.cause in _FROM_OUTSIDE
-        and all_leaves(failure, ClosedResourceError)
-    )
+    if ending is None or ending.cause not in _FROM_OUTSIDE:
+        return False
+    if isinstance(failure, HandshakeFailed) and failure.__cause__ is not None:
+        failure = failure.__cause__
+    return all_leaves(failure, ClosedResourceError)
 
 
 def _never_spoke(connection: Connection, failure: BaseException) -> bool:

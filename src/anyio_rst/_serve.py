@@ -228,33 +228,41 @@ def _after_handshake(
 ) -> Callable[[Connection], Awaitable[object]]:
     """*handler* after *preamble* and a TLS handshake, in the connection's own task."""
 
-    async def prepare(connection: Connection) -> None:
-        if preamble is not None:
-            try:
-                await preamble(connection)
-            except Exception as exc:
-                raise HandshakeFailed(f"the preamble failed ({exc!r})") from exc
-            connection._forget_counts()
-        if ssl_context is not None and not connection._is_over():
-            try:
-                await connection.start_tls(
-                    ssl_context,
-                    server_side=True,
-                    standard_compatible=standard_compatible,
-                )
-            except Exception as exc:
-                message = f"the TLS handshake failed ({exc})"
-                if isinstance(exc, ConnectionLost) and not isinstance(exc, PeerReset):
-                    message = str(exc)  # the peer has closed
-                raise HandshakeFailed(message) from exc
-
     async def prepared(connection: Connection) -> object:
+        missing = "TLS handshake" if preamble is None else "preamble"
         try:
             with fail_after(timeout):
-                await prepare(connection)
+                if preamble is not None:
+                    await _run(preamble, connection)
+                if ssl_context is not None and not connection._is_over():
+                    missing = "TLS handshake"
+                    await _start_tls(connection, ssl_context, standard_compatible)
         except TimeoutError as exc:
-            what = "preamble" if ssl_context is None else "TLS handshake"
-            raise HandshakeFailed(f"no {what} within {timeout} s") from exc
+            raise HandshakeFailed(f"no {missing} within {timeout} s") from exc
         return None if connection._is_over() else await handler(connection)
 
     return prepared
+
+
+async def _run(
+    preamble: Callable[[Connection], Awaitable[object]], connection: Connection
+) -> None:
+    try:
+        await preamble(connection)
+    except Exception as exc:
+        raise HandshakeFailed(f"the preamble failed ({exc!r})") from exc
+    connection._forget_counts()
+
+
+async def _start_tls(
+    connection: Connection, ssl_context: ssl.SSLContext, standard_compatible: bool
+) -> None:
+    try:
+        await connection.start_tls(
+            ssl_context, server_side=True, standard_compatible=standard_compatible
+        )
+    except Exception as exc:
+        message = f"the TLS handshake failed ({exc})"
+        if isinstance(exc, ConnectionLost) and not isinstance(exc, PeerReset):
+            message = str(exc)  # the peer has closed
+        raise HandshakeFailed(message) from exc
