@@ -6,6 +6,7 @@ import http.client
 import os
 import re
 import socket
+import ssl
 import struct
 import subprocess
 import urllib.request
@@ -134,8 +135,15 @@ def by_openssl(url: str, certificate: Path) -> Told:
     )
 
 
-def by_urllib(url: str, _certificate: Path) -> Told:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def trusting(certificate: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certificate)
+
+
+def by_urllib(url: str, certificate: Path) -> Told:
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=trusting(certificate)),
+    )
     try:
         with opener.open(url, timeout=PATIENCE) as response:
             return Told("returns", len(response.read()), noticed=False)
@@ -143,9 +151,10 @@ def by_urllib(url: str, _certificate: Path) -> Told:
         return raised(exc)
 
 
-def by_httpx(url: str, _certificate: Path) -> Told:
+def by_httpx(url: str, certificate: Path) -> Told:
+    trust = trusting(certificate)
     try:
-        with httpx.Client(trust_env=False, timeout=PATIENCE) as client:
+        with httpx.Client(verify=trust, trust_env=False, timeout=PATIENCE) as client:
             return Told("returns", len(client.get(url).content), noticed=False)
     except httpx.HTTPError as exc:
         return raised(exc)

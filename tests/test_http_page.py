@@ -1,0 +1,173 @@
+"""docs/http.md: its table is measured, with a plain socket that cuts the body."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+import trustme
+from test_download import needs
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from interop import clients  # noqa: E402
+from interop.results import Told  # noqa: E402
+
+from serving import LONG  # noqa: E402
+
+CLOSE_NOTIFY = "close_notify"
+HALF = b"half"
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """RFC 9113, 4.1."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(
+        f">BBI{len(payload)}s", kind, flags, stream, payload
+    )
+
+
+# SETTINGS and its acknowledgement; HEADERS with END_HEADERS, ":status: 200" is entry 8 of
+# the static table (RFC 7541); DATA without END_STREAM.
+HTTP2 = b"".join(
+    [
+        frame(4, 0, 0, b""),
+        frame(4, 1, 0, b""),
+        frame(1, 4, 1, b"\x88"),
+        frame(0, 0, 1, HALF),
+    ]
+)
+BODIES = {
+    "without a length": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + HALF,
+    "Content-Length": b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n" + HALF,
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n%b\r\n" % HALF,
+    "HTTP/2": HTTP2,
+}
+
+
+@dataclass
+class Cutting:
+    """A server of one connection."""
+
+    listener: socket.socket
+    response: bytes
+    end: str
+    context: ssl.SSLContext | None
+
+    def serve(self) -> None:
+        sock, _ = self.listener.accept()
+        sock.settimeout(LONG)
+        # Or the answer waits for the client to acknowledge the tickets, and is reset.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.context is not None:
+            sock = self.context.wrap_socket(sock, server_side=True)
+        with sock, suppress(OSError):  # the client may leave as it likes
+            sock.recv(1000)
+            sock.sendall(self.response)
+            if self.end == "RST":
+                sock.setsockopt(*clients.RESET_ON_CLOSE)
+                return
+            if self.end == CLOSE_NOTIFY:
+                assert isinstance(sock, ssl.SSLSocket)
+                sock = sock.unwrap()
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(1000):  # a close with unread input would be an RST
+                pass
+
+
+@contextmanager
+def cutting(response: bytes, end: str, context: ssl.SSLContext | None) -> Iterator[str]:
+    """Its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Cutting(listener, response, end, context)
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        scheme = "http" if context is None else "https"
+        yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/"
+        thread.join(LONG)
+        assert not thread.is_alive()
+
+
+def by_curl(url: str, certificate: Path) -> Told:
+    quiet = "--disable", "--silent", "--show-error", "--noproxy", "*"
+    return clients.by_command(
+        *("curl", *quiet, "--http2-prior-knowledge", url), message=r"curl: \(\d+\) (.*)"
+    )
+
+
+def by_requests(url: str, certificate: Path) -> Told:
+    with requests.Session() as session:
+        session.trust_env = False
+        try:
+            response = session.get(url, verify=str(certificate), timeout=LONG)
+        except requests.RequestException as exc:
+            return clients.raised(exc)
+    return Told("returns", len(response.content), noticed=False)
+
+
+CLIENTS = {
+    "curl": clients.by_curl,
+    "wget": clients.by_wget,
+    "urllib": clients.by_urllib,
+    "httpx": clients.by_httpx,
+    "requests": by_requests,
+}
+CELLS = {
+    "noticed": True,
+    "**not noticed**": False,
+    "3.13": sys.version_info >= (3, 13),
+}
+
+ROWS = re.findall(r"^\| (.*) \|$", (ROOT / "docs" / "http.md").read_text(), re.MULTILINE)
+HEAD, _, *TABLE = [[cell.strip() for cell in row.split(" |")] for row in ROWS]
+
+
+def test_table_is_whole() -> None:
+    assert [name.strip("`") for name in HEAD[1:]] == list(CLIENTS)
+    plain = [f"{body}, {end}" for body in BODIES for end in ("FIN", "RST")]
+    secure = [f"TLS, without a length, {end}" for end in (CLOSE_NOTIFY, "FIN", "RST")]
+    assert [what for what, *_ in TABLE] == plain + secure
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
+    """For a server, and for its clients."""
+    authority = trustme.CA()
+    certificate = tmp_path_factory.mktemp("http") / "ca.pem"
+    authority.cert_pem.write_to_path(certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    return context, certificate
+
+
+@needs("curl")
+@needs("wget")
+@pytest.mark.parametrize(
+    ("what", "client", "told"),
+    [
+        (what, client, told)
+        for what, *cells in TABLE
+        for client, told in zip(CLIENTS, cells, strict=False)
+        if told
+    ],
+)
+def test_who_notices(
+    what: str, client: str, told: str, authority: tuple[ssl.SSLContext, Path]
+) -> None:
+    *secure, body, end = what.split(", ")
+    context, certificate = authority
+    ask = CLIENTS[client] if body != "HTTP/2" else by_curl
+    response = BODIES[body]
+    with cutting(response, end, context if secure else None) as url:
+        found = ask(url, certificate)
+    assert found.noticed is CELLS[told], found
