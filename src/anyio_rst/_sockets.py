@@ -166,6 +166,30 @@ def never_block(sock: socket.socket) -> None:
         sock.setblocking(False)
 
 
+def is_listening(sock: SocketLike) -> bool:
+    """Whether connections can be accepted from it."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:
+    """Check that *owned*, found under *stream*, is the socket of a TCP connection.
+
+    Raises:
+      TypeError: it is a socket of another kind; the message says which.
+    """
+    name = type(stream).__qualname__
+    family = owned.family
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        family = getattr(family, "name", family)
+        raise TypeError(
+            f"{name} is not a TCP connection: its socket is {family}, and only TCP "
+            "(AF_INET or AF_INET6) has an RST"
+        )
+    if owned.type != socket.SOCK_STREAM:
+        kind = getattr(owned.type, "name", owned.type)
+        raise TypeError(f"{name} is not a TCP connection: its socket is {kind}")
+
+
 def is_writable(sock: socket.socket) -> bool:
     """Whether a send would take something, or fail, without waiting."""
     if hasattr(select, "poll"):

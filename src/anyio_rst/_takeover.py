@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     Address: TypeAlias = tuple[str, int]
 
 
-def trio_class(name: str) -> type[object] | tuple[()]:
+def trio_class(name: str, module: str = "trio") -> type[object] | tuple[()]:
     """For isinstance() and `is`: whoever has one of Trio's has imported it.
 
     Another thread may be in the middle of that, and the name still be missing.
     """
-    found: type[object] | tuple[()] = getattr(sys.modules.get("trio"), name, ())
+    found: type[object] | tuple[()] = getattr(sys.modules.get(module), name, ())
     return found
 
 
@@ -70,7 +70,12 @@ class Source:
             owned, self._address = _look_under(stream)
         self._owned = owned
         if owned is not None:
-            _refuse_unless_tcp(owned, stream)
+            _sockets.refuse_unless_tcp(owned, stream)
+            if owned.fileno() != -1 and _sockets.is_listening(owned):
+                raise TypeError(
+                    f"{type(stream).__qualname__} is not a TCP connection: "
+                    "its socket is listening"
+                )
         if owned is None or owned.fileno() == -1:
             _refuse_unless_lost(stream)
         _refuse_if_taken(stream)
@@ -152,27 +157,6 @@ def _look_under(stream: object) -> tuple[Any, Address | None]:
         )
     address = attributes.get(SocketAttribute.remote_address, lambda: None)()
     return attributes[SocketAttribute.raw_socket](), address
-
-
-def _refuse_unless_tcp(owned: _sockets.SocketLike, stream: object) -> None:
-    """Check that *owned*, found under *stream*, is the socket of a TCP connection.
-
-    Raises:
-      TypeError: it is a socket of another kind; the message says which.
-    """
-    name = type(stream).__qualname__
-    family = owned.family
-    if family not in (socket.AF_INET, socket.AF_INET6):
-        family = getattr(family, "name", family)
-        raise TypeError(
-            f"{name} is not a TCP connection: its socket is {family}, and only TCP "
-            "(AF_INET or AF_INET6) has an RST"
-        )
-    if owned.type != socket.SOCK_STREAM:
-        kind = getattr(owned.type, "name", owned.type)
-        raise TypeError(f"{name} is not a TCP connection: its socket is {kind}")
-    if owned.fileno() != -1 and owned.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise TypeError(f"{name} is not a TCP connection: its socket is listening")
 
 
 def _refuse_unless_lost(stream: object) -> None:
