@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import datetime, timedelta, timezone
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +34,7 @@ from test_readme import GREETING, connect, running
 
 from anyio_rst import __main__
 from anyio_rst.commands import _probe_connect
+from anyio_rst.commands import probe as command
 from anyio_rst.commands._probe_report import WIDTH, End, Report, shown
 
 from serving import LONG
@@ -346,6 +348,38 @@ def test_input_in_non_blocking_mode() -> None:
         report = probe(port, "--send", "-", status=0, stdin=theirs.fileno())
         answering.join()
     assert report["sent_bytes"] == 2
+
+
+def test_input_that_is_closed_at_the_end_is_no_failure_of_its_reader(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow(FileIO):
+        """Whose next read comes when it has been closed."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            reading.set()
+            assert closed.wait(LONG)
+            return super().read(size)
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    def behave(sock: socket.socket) -> None:
+        assert reading.wait(LONG)
+        sock.shutdown(socket.SHUT_WR)
+        sees_reset(sock)
+
+    reading, closed = threading.Event(), threading.Event()
+    (tmp_path / "request").touch()
+    before = set(threading.enumerate())
+    with pytest.MonkeyPatch.context() as patch, serving(behave) as port:
+        patch.setattr(command, "FileIO", Slow)
+        argv = ["probe", "127.0.0.1", str(port), "--send", str(tmp_path / "request")]
+        assert __main__.main(argv) == 0
+    for thread in set(threading.enumerate()) - before:
+        thread.join(LONG)  # pytest reports what it raises
+    assert printed(capsys)[1] == "sent           0 bytes, not all"
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")

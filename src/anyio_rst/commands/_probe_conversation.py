@@ -142,6 +142,8 @@ class Conversation:
                     copy(source, theirs)
                 except OSError as exc:
                     self._unreadable = exc
+                except ValueError:
+                    pass  # it was closed: the probe is over
 
         with ours:
             ours.setblocking(False)
