@@ -271,7 +271,16 @@ def test_server_that_ended_on_its_own_proves_nothing(
 def test_server_that_did_not_end_proves_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_demo_processes, "PATIENCE", 1)
+    has_ended = Process.has_ended
+
+    def has_ended_soon(server: Process) -> bool:
+        monkeypatch.setattr(_demo_processes, "PATIENCE", 0.1)
+        try:
+            return has_ended(server)
+        finally:
+            monkeypatch.setattr(_demo_processes, "PATIENCE", LONG)
+
+    monkeypatch.setattr(Process, "has_ended", has_ended_soon)
     way = dataclasses.replace(RAISES, exits=True)
     not_measured(way, "the server has not ended", capsys)
 
