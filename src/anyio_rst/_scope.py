@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     import trio
 
     from ._ending import FinishOn
-    from ._tls_engines import Engine
+    from ._tls_engines import Engine, TrioTLS
 
 TCPStream: TypeAlias = (
-    "ByteStream | BufferedByteReceiveStream | trio.SocketStream"
-    " | trio.SSLStream[trio.SocketStream]"
+    "ByteStream | BufferedByteReceiveStream | trio.SocketStream | TrioTLS"
 )
 """What a scope can be put around; see :func:`connection_scope`."""
 
