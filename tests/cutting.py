@@ -21,13 +21,13 @@ from serving import Peer
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from soak import link, wire
+from soak import link
+from soak.wire import PEER_ADDRESS as PEERS_ADDRESS
+from soak.wire import SERVER_ADDRESS as OUR_ADDRESS
 
 __all__ = ["OUR_ADDRESS", "PEERS_ADDRESS", "Cable", "cable", "link", "on_machine"]
 
 T = TypeVar("T")
-
-OUR_ADDRESS, PEERS_ADDRESS = wire.SERVER_ADDRESS, wire.PEER_ADDRESS
 
 SIOCGSKNS = 0x894C  # the network namespace of a socket: linux/sockios.h
 

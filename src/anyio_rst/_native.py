@@ -290,6 +290,8 @@ class NativeStream(SocketIO):
     def take_again(self) -> None:
         """Take :meth:`release` back, which has returned this stream itself."""
         self.is_free = False
+        self.began = monotonic()
+        self.sent = self.received = 0
         for sock in self._own_sockets():
             own(sock)
 

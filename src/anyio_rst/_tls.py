@@ -40,6 +40,7 @@ class SecureStream:
         "_transport",
         "received",
         "sent",
+        "session",
     )
 
     def __init__(self, native: NativeStream, engine: Engine | None = None) -> None:
@@ -52,8 +53,10 @@ class SecureStream:
         self.received: int = native.received
         self.sent: int = native.sent
         self._broken: tuple[str, BaseException] | None = None
+        self.session: TLSSession | None = None
         if engine is not None:
             engine.set_transport(self._transport)
+            self._note_session()
 
     @property
     def busy(self) -> bool:
@@ -64,16 +67,13 @@ class SecureStream:
         stream = self._native if self._engine is None else self._engine
         return stream.extra_attributes
 
-    @property
-    def session(self) -> TLSSession | None:
-        """None if there is none: no handshake has succeeded."""
+    def _note_session(self) -> None:
+        """While it can tell: once it has ended or is broken, OpenSSL does not."""
         attributes = self.extra_attributes
-        try:
+        with suppress(Exception):  # Trio's before its handshake
             version = attributes[TLSAttribute.tls_version]()
             name, _, _ = attributes[TLSAttribute.cipher]()
-        except Exception:  # Trio's before its handshake, and none at all
-            return None
-        return TLSSession(version, name)
+            self.session = TLSSession(version, name)
 
     async def start(self, **options: Any) -> None:
         """The handshake, by `TLSStream.wrap(**options)`.
@@ -97,6 +97,7 @@ class SecureStream:
         finally:
             transport.tls = None  # else they refer to each other
         self._engine = AnyIOEngine(tls)
+        self._note_session()
         self._receiving = self._sending = False
 
     async def receive(self, max_bytes: int = RECEIVE_SIZE) -> bytes:
@@ -124,6 +125,8 @@ class SecureStream:
                 if not data:
                     raise
             self._native.refuse_if_closed()
+            if self.session is None:
+                self._note_session()
             self.received += len(data)
             return data
         except ClosedResourceError:
@@ -154,6 +157,8 @@ class SecureStream:
             self._refuse()
             try:
                 await engine.handshake()
+                if self.session is None:
+                    self._note_session()
                 async with self._transport.sending:
                     await self._transport.flush()
                     await self._native.send_made(partial(self._encrypt, engine, view))
