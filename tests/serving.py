@@ -7,6 +7,7 @@ kind of stream. The rules themselves, and the kit, are judged by a plain blockin
 from __future__ import annotations
 
 import fcntl
+import logging
 import math
 import os
 import select
@@ -16,7 +17,7 @@ import termios
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.abc
@@ -38,6 +39,9 @@ from anyio_rst import (
     serve_tcp,
     testing,
 )
+
+if TYPE_CHECKING:
+    import pytest
 
 # For what must happen in a test that passes: only a failure ever waits this long.
 LONG = 20.0
@@ -360,6 +364,15 @@ async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:
 def value_of(ending: Ending) -> object:
     assert isinstance(ending.outcome, outcome.Value)
     return ending.outcome.value
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What the library has logged, but for where a server listens."""
+    return [
+        record
+        for record in caplog.records
+        if record.name == "anyio_rst" and not record.msg.startswith("listening on ")
+    ]
 
 
 def error_of(ending: Ending) -> BaseException:

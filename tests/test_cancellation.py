@@ -33,7 +33,14 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from serving import LONG, Peer, foreign_pair, serve, settled
+from serving import (
+    LONG,
+    Peer,
+    foreign_pair,
+    said,
+    serve,
+    settled,
+)
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -454,4 +461,4 @@ async def test_reset_by_the_peer_while_both_directions_wait_is_everyday_life(
         peer.reset()
         ending = await service.ending()
     assert ending.peer is PeerClose.RST
-    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert [record.levelname for record in said(caplog)] == ["INFO"]

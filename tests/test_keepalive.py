@@ -38,7 +38,16 @@ from anyio_rst import (
 from anyio_rst.testing import open_peer
 
 from securing import TLSPeer, client_context, server_context
-from serving import LONG, Peer, Seen, accepted, plain_server, queued, stream_and_peer
+from serving import (
+    LONG,
+    Peer,
+    Seen,
+    accepted,
+    plain_server,
+    queued,
+    said,
+    stream_and_peer,
+)
 
 OPTIONS = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
@@ -392,8 +401,7 @@ def test_a_peer_whose_machine_is_gone_is_noticed(
         assert ending.remote_address[0] == PEERS_ADDRESS
         assert ending.duration >= 1
     served = [case for case in cases if case.name.startswith(("served", "given"))]
-    records = [record.getMessage() for record in caplog.records]
-    told = [record for record in records if not record.startswith("listening on")]
+    told = [record.getMessage() for record in said(caplog)]
     assert len(told) == len(served)  # each of them had a server of its own
     for record in told:
         assert record.startswith("the peer went away: <Connection with ")

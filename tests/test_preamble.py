@@ -18,7 +18,13 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio_rst import Cause, CloseKind, Connection, Ending, PeerClose, Server, serve_tcp
 
 from securing import CLEAN, TLSPeer, client_context, server_context
-from serving import LONG, Peer, Seen, error_of
+from serving import (
+    LONG,
+    Peer,
+    Seen,
+    error_of,
+    said,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("secure", [False, True])]
 
@@ -110,10 +116,7 @@ async def exchange(peer: Peer, secure: bool) -> None:
 
 def above_debug(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
-        record.getMessage()
-        for record in caplog.records
-        if record.levelno > logging.DEBUG
-        and not record.getMessage().startswith("listening on")
+        record.getMessage() for record in said(caplog) if record.levelno > logging.DEBUG
     ]
 
 

@@ -23,7 +23,13 @@ from conftest import ASYNCIO
 from anyio_rst import Cause, CloseKind, Connection, PeerClose, Server, serve_tcp
 
 from securing import TLSPeer, client_context, server_context
-from serving import LONG, Peer, Seen, settled
+from serving import (
+    LONG,
+    Peer,
+    Seen,
+    said,
+    settled,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -144,7 +150,7 @@ async def test_cancelled_before_its_first_step(
             assert await bystander.receive(5) == b"after"
         await echoes(server)
     assert server.statistics().endings_by_cause[Cause.CANCELLED] == 1
-    (record,) = [one for one in caplog.records if one.name == "anyio_rst"]
+    (record,) = said(caplog)
     assert (record.levelno, record.exc_info) == (logging.ERROR, None)
 
 

@@ -45,6 +45,7 @@ from serving import (
     connection_of,
     fill_buffers,
     foreign_pair,
+    said,
     serve,
     timeout_once_settled,
     value_of,
@@ -542,7 +543,7 @@ async def test_only_a_close_notify_is_a_clean_end_of_the_peer(
     assert (ending.peer is PeerClose.RST) is (says == "rst")
     if wrapping == "served":
         # Peers that go away are everyday life, all the more without a word.
-        levels = [record.levelno for record in caplog.records]
+        levels = [record.levelno for record in said(caplog)]
         assert levels == ([] if says == "close_notify" else [logging.INFO])
 
 
@@ -737,7 +738,7 @@ async def test_handshake_that_fails_costs_one_connection_and_one_line(
             await anyio.to_thread.run_sync(other.tls.unwrap)
         server.stop()
     assert len(endings) == 1
-    (record,) = caplog.records
+    (record,) = said(caplog)
     assert (record.levelno, record.exc_info) == (logging.INFO, None)
     assert "TLS handshake" in record.message
 
@@ -757,7 +758,7 @@ async def test_client_without_a_certificate_is_refused(
             with suppress(ssl.SSLError, OSError):
                 data, end = await peer.read_to_end()
                 assert (data, end) == (b"", ["RST"])
-    (record,) = caplog.records
+    (record,) = said(caplog)
     assert (record.levelno, record.exc_info) == (logging.INFO, None)
     assert "TLS handshake failed" in record.message
 

@@ -13,7 +13,14 @@ from anyio.abc import SocketAttribute
 from anyio_rst import Cause, CloseKind, Connection, Drain, PeerClose, PeerReset
 
 from securing import CLEAN, TLSPeer, each, each_version, each_way, talk
-from serving import LONG, arrived, fill_buffers, settled, timeout_once_settled
+from serving import (
+    LONG,
+    arrived,
+    fill_buffers,
+    said,
+    settled,
+    timeout_once_settled,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -188,7 +195,7 @@ async def test_broken_session_is_a_loss_and_the_peer_is_told_why(
     ending = (await talk(way, side, body, script, version=version, expecting=lost)).ending
     assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.RAISED)
     if way == "own" and side == "server":
-        (record,) = caplog.records
+        (record,) = said(caplog)
         assert (record.levelno, record.exc_info) == (logging.INFO, None)
         assert "the TLS session is broken" in record.message
 

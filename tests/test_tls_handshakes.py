@@ -32,6 +32,7 @@ from serving import (
     Seen,
     assert_reset,
     connection_of,
+    said,
     serve,
     settled,
     timeout_once_settled,
@@ -78,7 +79,7 @@ async def test_client_is_told_why_its_handshake_was_refused(
                 ending = await service.ending()
                 assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.RAISED)
     if starter == "own":
-        records = [it for it in caplog.records if "more" not in it.message]
+        records = [it for it in said(caplog) if "more" not in it.message]
         assert len(records) == TRIES
         assert records[0].levelno == logging.INFO
         for record in records:
@@ -184,7 +185,7 @@ async def test_client_that_closes_before_its_first_byte_is_logged_as_that(
         with service.connect() as peer:
             peer.send_eof()
             assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-    (record,) = caplog.records
+    (record,) = said(caplog)
     assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
     assert "the peer closed before the TLS handshake" in record.message
 
@@ -201,9 +202,9 @@ async def test_client_that_resets_before_its_first_byte_is_logged_as_that(
             await settled()
             peer.reset()
         with anyio.fail_after(LONG):
-            while not caplog.records:
+            while not said(caplog):
                 await anyio.sleep(0.001)
-    (record,) = caplog.records
+    (record,) = said(caplog)
     assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
     assert "the peer reset the connection" in record.message
 
