@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import enum
 import inspect
+import itertools
 import pkgutil
 import re
 import textwrap
@@ -43,44 +44,61 @@ anyio_rst.CloseKind.RST = 'RST'
 anyio_rst.CloseKind.DETACHED = 'DETACHED'
 anyio_rst.Connection: anyio.abc.SocketStream
 anyio_rst.Connection.ending
+anyio_rst.Connection.idle(timeout=None)
+anyio_rst.Connection.aclose()
+anyio_rst.Connection.abort()
+anyio_rst.Connection.detach()
+anyio_rst.Connection.create_task_group()
+anyio_rst.Connection.from_socket(sock_or_fd)
+anyio_rst.Connection.remote_address
+anyio_rst.Connection.state
 anyio_rst.Connection.extra_attributes
 anyio_rst.Connection.receive(max_bytes=65536)
 anyio_rst.Connection.send(item)
 anyio_rst.Connection.send_eof()
-anyio_rst.Connection.aclose()
-anyio_rst.Connection.abort()
-anyio_rst.Connection.detach()
 anyio_rst.Connection.start_tls(ssl_context=None, *, server_side=None, hostname=None,
     standard_compatible=True)
-anyio_rst.Connection.create_task_group()
-anyio_rst.Connection.from_socket(sock_or_fd)
+anyio_rst.ConnectionLost: anyio.BrokenResourceError
 anyio_rst.Drain(timeout=5.0, max_bytes=None, total=None): builtins.object
 anyio_rst.Ending(kind, cause, outcome, peer, remote_address, discarded, unacknowledged,
-    fin_sent_before_reset): builtins.object
+    fin_sent_before_reset, duration, sent, received, tls): builtins.object
+anyio_rst.Ending.as_dict()
+anyio_rst.FinishOn = type[BaseException] | Iterable[type[BaseException]]
+anyio_rst.Idle: builtins.object
+anyio_rst.Idle.ended
+anyio_rst.Idle.stopping
+anyio_rst.Idle.timed_out
 anyio_rst.PeerClose: enum.Enum
 anyio_rst.PeerClose.FIN = 'FIN'
 anyio_rst.PeerClose.RST = 'RST'
+anyio_rst.PeerClose.LOST = 'LOST'
 anyio_rst.PeerClose.NONE = 'NONE'
-anyio_rst.PeerReset: anyio.BrokenResourceError
+anyio_rst.PeerReset: anyio_rst.ConnectionLost
 anyio_rst.Server: builtins.object
 anyio_rst.Server.connections
 anyio_rst.Server.statistics()
 anyio_rst.Server.stop()
+anyio_rst.Server.stopping
 anyio_rst.ServerStatistics(open_connections, accepted_connections, endings_by_kind,
     endings_by_cause): builtins.object
+anyio_rst.TCPStream = ByteStream | BufferedByteReceiveStream | trio.SocketStream |
+    TrioTLS
+anyio_rst.TLSSession: builtins.tuple
+anyio_rst.TLSSession.version
+anyio_rst.TLSSession.cipher
 anyio_rst.connect_tcp(host, port, *, local_host=None, local_port=None,
     happy_eyeballs_delay=0.25, tls=False, ssl_context=None, tls_hostname=None,
     tls_standard_compatible=True, finish_on=(), drain=Drain(timeout=1.0, max_bytes=None,
-    total=None))
+    total=None), keepalive=None)
 anyio_rst.connection_scope(stream, *, finish_on=(), drain=Drain(timeout=5.0,
-    max_bytes=None, total=None))
+    max_bytes=None, total=None), keepalive=None)
 anyio_rst.scoped(handler, *, finish_on=(), drain=Drain(timeout=5.0, max_bytes=None,
-    total=None))
+    total=None), keepalive=None)
 anyio_rst.serve_tcp(handler, port=0, *, host=None, backlog=65536, reuse_port=False,
     sockets=None, max_connections=None, finish_on=(), drain=Drain(timeout=5.0,
-    max_bytes=None, total=None), propagate_errors=False, task_group=None,
-    on_ending=None, ssl_context=None, tls_standard_compatible=True,
-    handshake_timeout=30.0, task_status=Ellipsis)
+    max_bytes=None, total=None), keepalive=None, propagate_errors=False,
+    task_group=None, on_ending=None, preamble=None, ssl_context=None,
+    tls_standard_compatible=True, handshake_timeout=30.0, task_status=Ellipsis)
 anyio_rst.testing.Capture: builtins.object
 anyio_rst.testing.Capture.segments
 anyio_rst.testing.Capture.having(flags)
@@ -122,7 +140,13 @@ anyio_rst.testing.open_peer(*, host='127.0.0.1', finish_on=(), drain=Drain(timeo
 """
 
 # Made by the library alone, so what makes them is no promise.
-MADE_HERE = (anyio_rst.Connection, anyio_rst.Server, testing.Capture)
+MADE_HERE = (
+    anyio_rst.Connection,
+    anyio_rst.Idle,
+    anyio_rst.Server,
+    anyio_rst.TLSSession,
+    testing.Capture,
+)
 
 MODULES = [anyio_rst, testing]
 
@@ -139,12 +163,21 @@ def called(function: Any) -> str:
     return str(inspect.Signature(parameters))
 
 
+def is_private(cls: type) -> bool:
+    return "._" in cls.__module__
+
+
 def members(cls: type) -> dict[str, Any]:
-    """What it defines for its users, but for the fields of a dataclass."""
+    """What it defines for its users, but for the fields of a dataclass.
+
+    A base that has no public name counts as a part of it.
+    """
     fields = getattr(cls, "__dataclass_fields__", {})
+    bases = itertools.takewhile(is_private, cls.__mro__[1:])
     return {
         name: member.__func__ if isinstance(member, classmethod) else member
-        for name, member in vars(cls).items()
+        for defining in (cls, *bases)
+        for name, member in vars(defining).items()
         if not name.startswith("_") and name not in fields
     }
 
@@ -154,20 +187,20 @@ def described(module: ModuleType) -> Iterator[str]:
     for name in module.__all__:
         public = getattr(module, name)
         path = f"{module.__name__}.{name}"
+        if isinstance(public, str):  # an alias, for annotations
+            yield f"{path} = {public}"
+            continue
         if not isinstance(public, type):
             yield path + called(public)
             continue
-        base = next(cls for cls in public.__mro__[1:] if "._" not in cls.__module__)
+        base = next(cls for cls in public.__mro__[1:] if not is_private(cls))
         made = "__init__" in vars(public) and public not in MADE_HERE
         yield f"{path}{called(public) if made else ''}: {base.__module__}.{base.__name__}"
         if issubclass(public, enum.Enum):
             yield from (f"{path}.{item.name} = {item.value!r}" for item in public)
             continue
         for inner, member in members(public).items():
-            if isinstance(member, property):
-                yield f"{path}.{inner}"
-            else:
-                yield f"{path}.{inner}{called(member)}"
+            yield f"{path}.{inner}{called(member) if callable(member) else ''}"
 
 
 def test_the_interface_is_frozen() -> None:
@@ -217,6 +250,8 @@ def test_what_is_public_is_documented(module: ModuleType) -> None:
     assert module.__doc__
     for name in module.__all__:
         public = getattr(module, name)
+        if isinstance(public, str):
+            continue  # an alias has its docstring in its module
         assert public.__module__ == module.__name__
         assert public.__doc__, name
         if isinstance(public, type) and not issubclass(public, enum.Enum):

@@ -279,7 +279,7 @@ async def test_lines_in_a_buffer_are_answered() -> None:
                 line = await lines.receive_until(b"\n", 100)
             if idle.ended:
                 return
-            await conn.send(line + b"!")
+            await conn.send(b"".join([line, b"!"]))
             await may_go_on.wait()
 
     async with stopped_at_last(handler) as service:
@@ -568,7 +568,7 @@ async def test_cancellation_from_outside_goes_through(
                 await settled()
                 scope.cancel()
                 if ended:
-                    idles[0].stop()
+                    idles[0]._stop()
 
             async with anyio.create_task_group() as tg:
                 tg.start_soon(cancel)
@@ -615,7 +615,7 @@ async def test_task_cancel_is_not_taken_for_the_end_of_idle(
         await settled()
         if has_data:
             peer.socket.sendall(b"hello")
-        acts: list[Callable[[], object]] = [task.cancel, idles[0].stop]
+        acts: list[Callable[[], object]] = [task.cancel, idles[0]._stop]
         for act in acts if first == "task" else reversed(acts):
             act()
         with pytest.raises(asyncio.CancelledError):

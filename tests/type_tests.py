@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -20,12 +21,17 @@ from anyio_rst import (
     Cause,
     CloseKind,
     Connection,
+    ConnectionLost,
     Drain,
     Ending,
+    FinishOn,
+    Idle,
     PeerClose,
     PeerReset,
     Server,
     ServerStatistics,
+    TCPStream,
+    TLSSession,
     connect_tcp,
     connection_scope,
     scoped,
@@ -70,6 +76,17 @@ async def use_connection(conn: Connection) -> int:
     assert_type(await conn.aclose(), None)
     assert_type(conn.extra(SocketAttribute.remote_port), int)
     assert_type(conn.ending, Ending | None)
+    assert_type(conn.remote_address, tuple[str, int] | None)
+    conn.remote_address = ("192.0.2.7", 4711)
+    assert_type(conn.state, SimpleNamespace)
+    conn.state.user = "Ada"
+    with conn.idle(), conn.idle(timeout=30) as idle:
+        assert_type(idle, Idle)
+        await conn.receive()
+    # It may have been ended, and what is behind it is not out of reach.
+    assert_type(idle.ended, bool)
+    assert_type(idle.stopping, bool)
+    assert_type(idle.timed_out, bool)
     async with conn as same:
         assert_type(same, Connection)
     return 1
@@ -82,7 +99,10 @@ async def use_scope(
         async with connection_scope(each):
             pass
     async with connection_scope(
-        stream, finish_on=(EOFError, OSError), drain=Drain(timeout=1, max_bytes=2**20)
+        stream,
+        finish_on=(EOFError, OSError),
+        drain=Drain(timeout=1, max_bytes=2**20),
+        keepalive=30,
     ) as conn:
         assert_type(conn, Connection)
     async with connection_scope(stream, finish_on=anyio.EndOfStream, drain=None) as conn:
@@ -93,7 +113,9 @@ async def use_scope(
 async def use_listener() -> None:
     listener = await anyio.create_tcp_listener()
     await listener.serve(scoped(use_connection))
-    await listener.serve(scoped(use_connection, finish_on=EOFError, drain=None))
+    await listener.serve(
+        scoped(use_connection, finish_on=EOFError, drain=None, keepalive=None)
+    )
     # That of a Trio stream is among what it takes, and need not be installed.
     handler: Callable[[SocketStream], Coroutine[Any, Any, None]] = scoped(use_connection)
     await listener.serve(handler)
@@ -111,6 +133,19 @@ def report(conn: Connection) -> None:
     assert_type(ending.discarded, int)
     assert_type(ending.unacknowledged, int | None)
     assert_type(ending.fin_sent_before_reset, bool)
+    assert_type(ending.duration, float)
+    assert_type(ending.sent, int)
+    assert_type(ending.received, int)
+    assert_type(ending.tls, TLSSession | None)
+    if ending.tls is not None:
+        assert_type(ending.tls.version, str)
+        assert_type(ending.tls.cipher, str)
+    assert_type(ending.as_dict(), dict[str, Any])
+
+
+async def use_aliases(stream: TCPStream, finish_on: FinishOn) -> None:
+    async with connection_scope(stream, finish_on=finish_on):
+        pass
 
 
 async def use_server(sock: socket.socket, context: ssl.SSLContext) -> None:
@@ -125,8 +160,10 @@ async def use_server(sock: socket.socket, context: ssl.SSLContext) -> None:
             finish_on=[EOFError],
             drain=Drain(),
             on_ending=report,
+            preamble=use_connection,
             ssl_context=context,
             handshake_timeout=5,
+            keepalive=2.5,
             task_group=tg,
         )
         use_running_server(await tg.start(serve))
@@ -143,6 +180,7 @@ def use_running_server(server: Server) -> None:
     assert_type(statistics.endings_by_kind, Mapping[CloseKind, int])
     assert_type(statistics.endings_by_cause, Mapping[Cause, int])
     assert_type(server.stop(), None)
+    assert_type(server.stopping, bool)
 
 
 async def use_client(context: ssl.SSLContext) -> bytes:
@@ -158,12 +196,14 @@ async def use_client(context: ssl.SSLContext) -> bytes:
         tls_hostname="example.org",
         finish_on=EOFError,
         drain=None,
+        keepalive=60,
     ) as conn:
         try:
             return await conn.receive()
         except PeerReset as exc:
-            lost: anyio.BrokenResourceError = exc
-            raise lost from None
+            lost: ConnectionLost = exc
+            broken: anyio.BrokenResourceError = lost
+            raise broken from None
 
 
 async def use_pair() -> bytes:

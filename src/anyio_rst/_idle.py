@@ -39,11 +39,11 @@ class Idle:
 
     __slots__ = (
         "_cancellations",
+        "_ended",
         "_life",
         "_scope",
         "_server_stops",
         "_timeout",
-        "ended",
     )
 
     def __init__(self, life: Lifecycle, timeout: float | None) -> None:
@@ -52,15 +52,14 @@ class Idle:
         self._scope = CancelScope()
         self._server_stops = False
         self._cancellations = 0
-        self.ended: bool = False
-        """The wait was ended: nothing was received, and it is time to return."""
+        self._ended = False
 
     def __enter__(self) -> Self:
         life = self._life
         if life.native.idle is not None:
             raise RuntimeError("the connection is idle already")
         self._scope = CancelScope(deadline=current_time() + self._timeout)
-        self.ended = False
+        self._ended = False
         self._server_stops = life.server is not None and life.server.stopping
         if self._server_stops:
             self._scope.cancel()
@@ -77,29 +76,34 @@ class Idle:
     ) -> bool:
         self._life.native.idle = None
         is_over = self._scope.__exit__(exc_type, exc_val, exc_tb)
-        self.ended = self._scope.cancelled_caught
+        self._ended = self._scope.cancelled_caught
         if exc_val is None and self._scope.cancel_called:
             _cancel_again(self._cancellations)
         return bool(is_over)
 
     @property
+    def ended(self) -> bool:
+        """The wait was ended: nothing was received, and it is time to return."""
+        return self._ended
+
+    @property
     def stopping(self) -> bool:
         """It was ended because the server is stopping."""
-        return self.ended and self._server_stops
+        return self._ended and self._server_stops
 
     @property
     def timed_out(self) -> bool:
         """It was ended by its time-out."""
-        return self.ended and not self._server_stops
+        return self._ended and not self._server_stops
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """The server stops."""
         if not self._scope.cancel_called:
             self._server_stops = True
             self._scope.cancel()
 
     @property
-    def is_over(self) -> bool:
+    def _is_over(self) -> bool:
         """Whether it has been cancelled, by its time-out or the server."""
         return self._scope.cancel_called
 

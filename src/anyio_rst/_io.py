@@ -54,6 +54,10 @@ class SocketIO(Record, SocketStream):
         "idle",
     )
 
+    mid_send: bool
+    received: int
+    sent: int
+
     def __init__(
         self,
         sock: socket.socket,
@@ -159,7 +163,7 @@ class SocketIO(Record, SocketStream):
     def prefers_input(self, exc: BaseException) -> bool:
         """Whether *exc* is the end of an :meth:`Connection.idle`, and no failure."""
         idle = self.idle
-        if idle is None or not idle.is_over:
+        if idle is None or not idle._is_over:
             return False
         return isinstance(exc, get_cancelled_exc_class())
 

@@ -68,7 +68,7 @@ class Origin:
         transport_socket: _sockets.SocketLike | None = None,
         knows_more: bool = False,
     ) -> None:
-        self.shares_socket = transport_socket is None
+        self.shares_socket: bool = transport_socket is None
         self._stream = stream
         self._transport_socket = transport_socket
         self._knows_more = knows_more

@@ -159,7 +159,7 @@ class Server:
         for connection in self._open:
             idle = connection._life.native.idle
             if idle is not None:
-                idle.stop()
+                idle._stop()
 
     @property
     def stopping(self) -> bool:

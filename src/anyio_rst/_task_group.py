@@ -220,7 +220,7 @@ def is_stopped(life: Lifecycle) -> bool:
 
 
 def _is_over(idle: Idle | None) -> bool:
-    return idle is not None and idle.is_over
+    return idle is not None and idle._is_over
 
 
 def _raised(

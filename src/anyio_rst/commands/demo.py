@@ -93,7 +93,7 @@ def cell(seen: Seen) -> str:
     return f"{seen.text:14}  {VERDICTS[seen.true]}"
 
 
-VERDICTS = {True: "true", False: "LIE", None: "?"}
+VERDICTS: dict[bool | None, str] = {True: "true", False: "LIE", None: "?"}
 
 
 def put_line(label: str, size: str, *cells: str) -> None:
