@@ -65,6 +65,7 @@ PAGES = {
     "ipaddress": "https://docs.python.org/3/library/ipaddress.html",
     "socket": "https://docs.python.org/3/library/socket.html",
     "ssl": "https://docs.python.org/3/library/ssl.html",
+    "types": "https://docs.python.org/3/library/types.html",
 }
 # Signatures show these without their module: autodoc_typehints_format.
 MODULES = {

@@ -123,7 +123,8 @@ class Connection(Conversation):
         Not a request that takes long, but the wait for it is ended: by
         :meth:`Server.stop`, or after *timeout* seconds. To return then is FIN, and
         nothing is logged. Without a server only the time-out counts. A receive in it
-        prefers what has arrived: it is the request that counts.
+        prefers what has arrived: it is the request that counts. The peer's FIN is
+        :exc:`anyio.EndOfStream`, as always; *finish_on* makes that a clean end.
 
         Raises:
           RuntimeError: from `with`, if the connection is idle already.

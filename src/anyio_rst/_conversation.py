@@ -60,7 +60,7 @@ class Conversation(SocketStream):
 
     @property
     def state(self) -> SimpleNamespace:
-        """A place for what belongs to the connection: any attribute can be set on it.
+        """A place for what belongs to the connection. Any attribute can be set on it.
 
         All scopes on the connection share it, and *on_ending* of :func:`serve_tcp` sees
         what the handler has left there.

@@ -174,7 +174,7 @@ class TLSSession(NamedTuple):
     """What a TLS session was agreed on."""
 
     version: str
-    """Of the protocol, as :meth:`ssl.SSLSocket.version` has it: "TLSv1.3"."""
+    """Of the protocol, as of :meth:`ssl.SSLSocket.version`, "TLSv1.3" for example."""
 
     cipher: str
     """The name of the cipher suite."""
@@ -221,7 +221,8 @@ class Ending:
     sends that were completed, before encryption."""
 
     received: int
-    """Bytes that the body received; over TLS after decryption."""
+    """Bytes that the body, or a buffered stream for it, received; over TLS after
+    decryption. What is discarded is not among them."""
 
     tls: TLSSession | None
     """The TLS session, if there was one at the end."""

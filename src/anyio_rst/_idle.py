@@ -32,10 +32,7 @@ __all__ = ["Idle"]
 
 
 class Idle:
-    """What :meth:`Connection.idle` gives: whether the wait was ended, and by what.
-
-    A receive in it prefers what has arrived to being cancelled.
-    """
+    """What :meth:`Connection.idle` gives: whether the wait was ended, and by what."""
 
     __slots__ = (
         "_cancellations",
@@ -83,7 +80,7 @@ class Idle:
 
     @property
     def ended(self) -> bool:
-        """The wait was ended: nothing was received, and it is time to return."""
+        """The wait was ended. Nothing was received, and it is time to return."""
         return self._ended
 
     @property

@@ -19,8 +19,8 @@ class PeerClose(enum.Enum):
     """It reset the connection."""
 
     LOST = "LOST"
-    """Nothing. It or the way to it is gone: a time-out (ETIMEDOUT, see *keepalive* of
-    :func:`serve_tcp`), or an unreachable host or network."""
+    """Nothing. It or the way to it is gone, by a time-out (ETIMEDOUT, see *keepalive* of
+    :func:`serve_tcp`) or as an unreachable host or network."""
 
     NONE = "NONE"
     """Nothing was seen before the connection was closed here."""

@@ -103,8 +103,10 @@ async def serve_tcp(
       keepalive: seconds, from 1 to 32767, after about which it is noticed that the
         machine of a peer is gone, or the way to it: as a :exc:`ConnectionLost` from
         ETIMEDOUT, whether the connection is idle or something on it is not acknowledged
-        (tcp(7); RFC 9293, 3.8.4; RFC 5482). None leaves that to the system, which may
-        wait for ever.
+        (tcp(7); RFC 9293, 3.8.4; RFC 5482). On Linux a peer that is there, and for so
+        long takes nothing of what waits for it, counts as gone, too: choose more than
+        the longest pause of an honest reader. None leaves all that to the system, which
+        may wait for ever.
       propagate_errors: let exceptions of handlers out, as Trio's `serve_tcp` does,
         instead of logging them.
       task_group: the task group or Trio nursery that handlers run in, instead of one of

@@ -269,7 +269,8 @@ def keep_alive(sock: socket.socket, seconds: float) -> None:
 
     While nothing is under way by probes, of which several may be lost (SO_KEEPALIVE of
     socket(7), TCP_KEEPIDLE and the like of tcp(7); RFC 9293, 3.8.4); while something is,
-    by what is not acknowledged (TCP_USER_TIMEOUT; RFC 5482), where there is that.
+    by what is not acknowledged (TCP_USER_TIMEOUT; RFC 5482), where there is that. To
+    Linux that includes what cannot be sent to a closed window (tcp(7)).
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     third = max(1, round(seconds / 3))
