@@ -126,6 +126,9 @@ class Connection(Conversation):
         prefers what has arrived: it is the request that counts. The peer's FIN is
         :exc:`anyio.EndOfStream`, as always; *finish_on* makes that a clean end.
 
+        The first request of a connection is on its way when that is accepted. If it, too,
+        is waited for in here, a server that stops may leave it without an answer.
+
         Raises:
           RuntimeError: from `with`, if the connection is idle already.
           TypeError, ValueError: *timeout* is no number of seconds.
