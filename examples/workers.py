@@ -125,12 +125,14 @@ class Worker:
                     self.retire()
                 with anyio.move_on_after(START) as starting:
                     await anyio.wait_readable(ours)
-                if starting.cancelled_caught or not ours.recv(1):
+                if starting.cancelled_caught:
                     process.kill()
-                    code = await process.wait()
-                    raise DidNotStart(f"worker {process.pid} did not start: {code}")
-                task_status.started()
+                serves = not starting.cancelled_caught and bool(ours.recv(1))
+                if serves:
+                    task_status.started()
                 code = await process.wait()
+                if not serves:
+                    raise DidNotStart(f"worker {process.pid} did not start: {code}")
                 if not self._retired:
                     report(f"worker {process.pid} died: {code}")
 
