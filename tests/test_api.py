@@ -23,7 +23,7 @@ import pytest
 
 import anyio_rst
 import pytest_anyio_rst
-from anyio_rst import testing
+from anyio_rst import lowlevel, testing
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,6 +137,13 @@ anyio_rst.testing.open_pair(*, host='127.0.0.1', finish_on=(), drain=Drain(timeo
     max_bytes=None, total=None))
 anyio_rst.testing.open_peer(*, host='127.0.0.1', finish_on=(), drain=Drain(timeout=5.0,
     max_bytes=None, total=None), faults=None, small_buffers=False)
+anyio_rst.lowlevel.arm(sock)
+anyio_rst.lowlevel.disarm(sock)
+anyio_rst.lowlevel.finish(sock)
+anyio_rst.lowlevel.reset(sock)
+anyio_rst.lowlevel.reset_on_failure(sock)
+anyio_rst.lowlevel.set_keepalive(sock, seconds)
+anyio_rst.lowlevel.unacknowledged(sock)
 """
 
 # Made by the library alone, so what makes them is no promise.
@@ -148,7 +155,9 @@ MADE_HERE = (
     testing.Capture,
 )
 
-MODULES = [anyio_rst, testing]
+# What is in a package of its own, and what is in one file.
+PACKAGES = [anyio_rst, testing]
+MODULES = [*PACKAGES, lowlevel]
 
 
 def called(function: Any) -> str:
@@ -231,7 +240,7 @@ def test_the_fixtures_and_the_command_are_frozen() -> None:
     }
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", PACKAGES)
 def test_nothing_else_looks_public(module: ModuleType) -> None:
     public: list[str] = module.__all__
     assert public == sorted(set(public))
@@ -241,7 +250,8 @@ def test_nothing_else_looks_public(module: ModuleType) -> None:
         if not found.name.startswith("_")
     }
     # Of the commands, what they take and print is an interface, and no name.
-    assert submodules == ({"commands", "testing"} if module is anyio_rst else set())
+    known = {"commands", "lowlevel", "testing"}
+    assert submodules == (known if module is anyio_rst else set())
     assert public_names(module) - submodules - {"annotations"} == set(public)
 
 

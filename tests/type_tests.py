@@ -37,6 +37,15 @@ from anyio_rst import (
     scoped,
     serve_tcp,
 )
+from anyio_rst.lowlevel import (
+    arm,
+    disarm,
+    finish,
+    reset,
+    reset_on_failure,
+    set_keepalive,
+    unacknowledged,
+)
 from anyio_rst.testing import (
     Capture,
     CaptureUnavailable,
@@ -255,3 +264,14 @@ def use_capture(port: int) -> Segment | None:
     assert_type(segment.sequence, int)
     assert_type(segment.length, int)
     return segment
+
+
+def the_parts(sock: socket.socket) -> None:
+    assert_type(arm(sock), None)
+    assert_type(disarm(sock), None)
+    assert_type(finish(sock), None)
+    assert_type(reset(sock), None)
+    assert_type(set_keepalive(sock, 10), None)
+    assert_type(unacknowledged(sock), int | None)
+    with reset_on_failure(sock) as nothing:
+        assert_type(nothing, None)
