@@ -618,6 +618,17 @@ async def to_an_echo(proxy: Any, conn: Connection) -> None:
         tg.cancel_scope.cancel()
 
 
+async def behind_a_balancer(its: dict[str, Any], conn: Connection) -> None:
+    address = conn.remote_address
+    assert address is not None
+    try:
+        await its["proxy_header"](conn)
+        if conn.ending is None:
+            await its["echo"](conn)
+    finally:
+        conn.remote_address = address  # by which the ending is found
+
+
 @dataclass(frozen=True)
 class Parser:
     load: Callable[[], Handler]
@@ -632,6 +643,8 @@ class Parser:
 
 
 HALF_OF_IT = Seen(_demo_cases.HALF, PeerClose.RST)
+HEADER = b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 80\r\n"
+V2 = b"\r\n\r\n\0\r\nQUIT\n"  # the signature of version 2 of the PROXY protocol
 LINES = (b"Ada\n", b"\r\n", b"\0", b"\xff")
 
 PARSERS = {
@@ -656,8 +669,21 @@ PARSERS = {
     "activated.py": Parser(
         example("activated.py", itemgetter("echo")),
         LINES,
-        b"Ada",
-        Seen(b"Ada", PeerClose.FIN),
+        b"Ada\n",
+        Seen(b"Ada\n", PeerClose.FIN),
+    ),
+    "behind_haproxy.py": Parser(
+        example("behind_haproxy.py", lambda its: partial(behind_a_balancer, its)),
+        (
+            *HEADER.split(),
+            b"UNKNOWN",
+            b"TCP6 ::1 ::1",
+            b"\r\n",
+            V2,
+            V2 + b"\x21\x11\0\x0c",
+        ),
+        HEADER + b"Ada",
+        Seen(b"('192.0.2.1', 1000): Ada", PeerClose.FIN),
     ),
     "download.py": Parser(
         example("download.py", itemgetter("download")),
@@ -706,8 +732,14 @@ PARSERS = {
 }
 
 # Parse as one of these does, or are clients.
-ALIKE = {"own_trio_listener.py"} | {
-    f"tutorial/{name}.py" for name in ("add", "ask", "echo", "timeouts", "total")
+ALIKE = {
+    "limits.py",
+    "log_json.py",
+    "metrics.py",
+    "metrics_opentelemetry.py",
+    "own_trio_listener.py",
+    "workers.py",
+    *(f"tutorial/{name}.py" for name in ("add", "ask", "echo", "timeouts", "total")),
 }
 
 
