@@ -60,6 +60,7 @@ PAGES = {
     "outcome": "https://outcome.readthedocs.io/en/stable/api.html",
     "trio": "https://trio.readthedocs.io/en/stable/reference-io.html",
     "trio.Nursery": "https://trio.readthedocs.io/en/stable/reference-core.html",
+    "asyncio": "https://docs.python.org/3/library/asyncio-stream.html",
     "builtins": "https://docs.python.org/3/library/exceptions.html",
     "contextlib": "https://docs.python.org/3/library/contextlib.html",
     "ipaddress": "https://docs.python.org/3/library/ipaddress.html",

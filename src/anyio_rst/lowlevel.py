@@ -5,8 +5,9 @@ synchronous, and good for blocking programs and threads.
 
 Each takes whatever has the TCP socket: a :class:`socket.socket`; a transport or a
 :class:`~asyncio.StreamWriter` of asyncio or uvloop; a stream or listener of AnyIO or
-Trio, over TLS as well; a socket of Trio; a :class:`Connection`. What has none, or none of
-TCP, is refused with :exc:`TypeError`, and what is closed with :exc:`ValueError`.
+Trio, over TLS as well; a socket of Trio; a :class:`~anyio_rst.Connection`. What has
+none, or none of TCP, is refused with :exc:`TypeError`, and what is closed with
+:exc:`ValueError`.
 """
 
 from __future__ import annotations
