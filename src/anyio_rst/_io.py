@@ -285,6 +285,20 @@ class SocketIO(Record, SocketStream):
         self.mid_send = bool(rest)
         return rest
 
+    async def wait_writable(self) -> None:
+        """Until a send would take something at once, or fail. It counts as a send."""
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            await checkpoint()
+            if self._closed or self._sock.fileno() == -1:
+                raise ClosedResourceError
+            await wait_for_room(self._sock)
+            self.refuse_if_closed()
+        finally:
+            self._sending = False
+
     async def send_eof(self) -> None:
         if self._sending:
             raise BusyResourceError("writing to")

@@ -67,6 +67,11 @@ class SecureStream:
         stream = self._native if self._engine is None else self._engine
         return stream.extra_attributes
 
+    @property
+    def given(self) -> object:
+        """The stream of the session, as AnyIO or Trio knows it."""
+        return None if self._engine is None else self._engine.stream
+
     def _note_session(self) -> None:
         """While it can tell: once it has ended or is broken, OpenSSL does not."""
         attributes = self.extra_attributes
@@ -184,6 +189,33 @@ class SecureStream:
         finally:
             self._transport.holds = False
         return await self._transport.take()
+
+    async def handshake(self) -> None:
+        """Do it, if it has not been done yet."""
+        engine = cast("Engine", self._engine)
+        await checkpoint()
+        self._refuse()
+        try:
+            await engine.handshake()
+        except Exception as exc:
+            told = await self._translated(exc, engine)
+            raise told from told.__cause__ or exc.__cause__
+        if self.session is None:
+            self._note_session()
+
+    async def wait_writable(self) -> None:
+        """As that of :class:`NativeStream`."""
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            await checkpoint()
+            self._refuse()
+            async with self._transport.sending:
+                await self._native.wait_writable()
+                await self._transport.flush()  # what a receive has left to us
+        finally:
+            self._sending = False
 
     async def send_eof(self) -> None:
         if self._sending:
