@@ -23,7 +23,7 @@ import pytest
 
 import anyio_rst
 import pytest_anyio_rst
-from anyio_rst import lowlevel, testing
+from anyio_rst import lowlevel, testing, trio_streams
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,6 +144,26 @@ anyio_rst.lowlevel.reset(sock)
 anyio_rst.lowlevel.reset_on_failure(sock)
 anyio_rst.lowlevel.set_keepalive(sock, seconds)
 anyio_rst.lowlevel.unacknowledged(sock)
+anyio_rst.trio_streams.SocketOptions: builtins.object
+anyio_rst.trio_streams.SocketOptions.socket
+anyio_rst.trio_streams.SocketOptions.setsockopt(level, option, value, length=None)
+anyio_rst.trio_streams.SocketOptions.getsockopt(level, option, buffersize=0)
+anyio_rst.trio_streams.TrioStream: trio.abc.HalfCloseableStream
+anyio_rst.trio_streams.TrioStream.send_eof()
+anyio_rst.trio_streams.TrioStream.send_all(data)
+anyio_rst.trio_streams.TrioStream.wait_send_all_might_not_block()
+anyio_rst.trio_streams.TrioStream.receive_some(max_bytes=None)
+anyio_rst.trio_streams.TrioStream.aclose()
+anyio_rst.trio_streams.TrioTLSStream: trio.abc.Stream
+anyio_rst.trio_streams.TrioTLSStream.do_handshake()
+anyio_rst.trio_streams.TrioTLSStream.transport_stream
+anyio_rst.trio_streams.TrioTLSStream.send_all(data)
+anyio_rst.trio_streams.TrioTLSStream.wait_send_all_might_not_block()
+anyio_rst.trio_streams.TrioTLSStream.receive_some(max_bytes=None)
+anyio_rst.trio_streams.TrioTLSStream.aclose()
+anyio_rst.trio_streams.as_trio_stream(conn)
+anyio_rst.trio_streams.scoped(handler, *, finish_on=(), drain=Drain(timeout=5.0,
+    max_bytes=None, total=None), keepalive=None)
 """
 
 # Made by the library alone, so what makes them is no promise.
@@ -153,11 +173,14 @@ MADE_HERE = (
     anyio_rst.Server,
     anyio_rst.TLSSession,
     testing.Capture,
+    trio_streams.SocketOptions,
+    trio_streams.TrioStream,
+    trio_streams.TrioTLSStream,
 )
 
 # What is in a package of its own, and what is in one file.
 PACKAGES = [anyio_rst, testing]
-MODULES = [*PACKAGES, lowlevel]
+MODULES = [*PACKAGES, lowlevel, trio_streams]
 
 
 def called(function: Any) -> str:
@@ -173,7 +196,7 @@ def called(function: Any) -> str:
 
 
 def is_private(cls: type) -> bool:
-    return "._" in cls.__module__
+    return "._" in f"{cls.__module__}.{cls.__name__}"
 
 
 def members(cls: type) -> dict[str, Any]:
@@ -250,7 +273,7 @@ def test_nothing_else_looks_public(module: ModuleType) -> None:
         if not found.name.startswith("_")
     }
     # Of the commands, what they take and print is an interface, and no name.
-    known = {"commands", "lowlevel", "testing"}
+    known = {"commands", "lowlevel", "testing", "trio_streams"}
     assert submodules == (known if module is anyio_rst else set())
     assert public_names(module) - submodules - {"annotations"} == set(public)
 
@@ -272,10 +295,10 @@ def test_what_is_public_is_documented(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_type_tests_have_all_that_is_public(module: ModuleType) -> None:
-    tree = ast.parse((ROOT / "tests" / "type_tests.py").read_text())
     imported = {
         alias.name
-        for node in ast.walk(tree)
+        for program in (ROOT / "tests").glob("type_tests*.py")
+        for node in ast.walk(ast.parse(program.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == module.__name__
         for alias in node.names
     }

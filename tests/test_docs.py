@@ -272,7 +272,13 @@ def test_servers_of_anyio(name: str, loop: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["own_trio_listener", "migrating/trio_after", "migrating/asyncio_after"]
+    "name",
+    [
+        "own_trio_listener",
+        "migrating/trio_after",
+        "migrating/trio_scoped",
+        "migrating/asyncio_after",
+    ],
 )
 def test_servers_of_one_loop(name: str) -> None:
     assert ask_all((EXAMPLES / f"{name}.py").read_text()) == TRUE
