@@ -23,7 +23,7 @@ import pytest
 
 import anyio_rst
 import pytest_anyio_rst
-from anyio_rst import lowlevel, testing, trio_streams
+from anyio_rst import asyncio_streams, lowlevel, testing, trio_streams
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,6 +144,15 @@ anyio_rst.lowlevel.reset(sock)
 anyio_rst.lowlevel.reset_on_failure(sock)
 anyio_rst.lowlevel.set_keepalive(sock, seconds)
 anyio_rst.lowlevel.unacknowledged(sock)
+anyio_rst.asyncio_streams.Streams: builtins.object
+anyio_rst.asyncio_streams.Streams.reader
+anyio_rst.asyncio_streams.Streams.writer
+anyio_rst.asyncio_streams.Streams.ending
+anyio_rst.asyncio_streams.connection_scope(reader, writer, *, finish_on=(),
+    drain=Drain(timeout=5.0, max_bytes=None, total=None), keepalive=None,
+    on_ending=None)
+anyio_rst.asyncio_streams.scoped(handler, *, finish_on=(), drain=Drain(timeout=5.0,
+    max_bytes=None, total=None), keepalive=None, on_ending=None)
 anyio_rst.trio_streams.SocketOptions: builtins.object
 anyio_rst.trio_streams.SocketOptions.socket
 anyio_rst.trio_streams.SocketOptions.setsockopt(level, option, value, length=None)
@@ -172,6 +181,7 @@ MADE_HERE = (
     anyio_rst.Idle,
     anyio_rst.Server,
     anyio_rst.TLSSession,
+    asyncio_streams.Streams,
     testing.Capture,
     trio_streams.SocketOptions,
     trio_streams.TrioStream,
@@ -180,7 +190,7 @@ MADE_HERE = (
 
 # What is in a package of its own, and what is in one file.
 PACKAGES = [anyio_rst, testing]
-MODULES = [*PACKAGES, lowlevel, trio_streams]
+MODULES = [*PACKAGES, lowlevel, asyncio_streams, trio_streams]
 
 
 def called(function: Any) -> str:
@@ -273,7 +283,7 @@ def test_nothing_else_looks_public(module: ModuleType) -> None:
         if not found.name.startswith("_")
     }
     # Of the commands, what they take and print is an interface, and no name.
-    known = {"commands", "lowlevel", "testing", "trio_streams"}
+    known = {"asyncio_streams", "commands", "lowlevel", "testing", "trio_streams"}
     assert submodules == (known if module is anyio_rst else set())
     assert public_names(module) - submodules - {"annotations"} == set(public)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from asyncio import StreamReader, StreamWriter, start_server
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -37,6 +38,9 @@ from anyio_rst import (
     scoped,
     serve_tcp,
 )
+from anyio_rst.asyncio_streams import Streams
+from anyio_rst.asyncio_streams import connection_scope as streams_scope
+from anyio_rst.asyncio_streams import scoped as scoped_streams
 from anyio_rst.lowlevel import (
     arm,
     disarm,
@@ -275,3 +279,25 @@ def the_parts(sock: socket.socket) -> None:
     assert_type(unacknowledged(sock), int | None)
     with reset_on_failure(sock) as nothing:
         assert_type(nothing, None)
+
+
+async def asyncios_streams(reader: StreamReader, writer: StreamWriter) -> Ending | None:
+    async with streams_scope(
+        reader,
+        writer,
+        finish_on=KeyError,
+        drain=None,
+        keepalive=10,
+        on_ending=lambda ending: assert_type(ending, Ending),
+    ) as streams:
+        assert_type(streams, Streams)
+        assert_type(streams.reader, StreamReader)
+        assert_type(streams.writer, StreamWriter)
+    return streams.ending
+
+
+async def serve_asyncios_streams() -> None:
+    async def handler(reader: StreamReader, writer: StreamWriter) -> None:
+        pass
+
+    await start_server(scoped_streams(handler, finish_on=(), drain=Drain()), port=8000)

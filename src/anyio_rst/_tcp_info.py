@@ -121,6 +121,19 @@ if sys.platform == "linux":
         queued = _queue_size(sock, TIOCOUTQ)
         return queued - 1 if fin_sent and queued else queued
 
+    def given(sock: socket.socket) -> int | None:
+        """Bytes that the kernel has been given to send; None if it can't tell.
+
+        tcpi_bytes_sent, without tcpi_bytes_retrans, and tcpi_notsent_bytes of
+        linux/tcp.h, from Linux 4.19 on.
+        """
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+            waiting, sent, again = struct.unpack("144xI52xQQ", info)
+        except (OSError, struct.error):
+            return None
+        return int(waiting + sent - again)
+
     def fin_has_left(sock: socket.socket) -> bool:
         """Whether the FIN that was queued has been sent: nothing is in the queue unsent.
 
@@ -175,6 +188,10 @@ else:
 
     def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged: not known here."""
+        return None
+
+    def given(sock: socket.socket) -> int | None:
+        """Bytes that the kernel has been given to send: not known here."""
         return None
 
     def fin_has_left(sock: socket.socket) -> bool:
