@@ -310,6 +310,14 @@ def test_what_one_moves_from(server: str) -> None:
     assert ask_all(before(server.lower())) == told_of(server)
 
 
+def test_one_line_for_a_program_on_asyncios_streams() -> None:
+    page = (DOCS / "asyncio_streams.md").read_text()
+    scoped = "start_server(asyncio_streams.scoped(greet), port"
+    assert scoped in page
+    program = changed(before("asyncio"), "start_server(greet, port", scoped)
+    assert ask_all("from anyio_rst import asyncio_streams\n" + program) == TRUE
+
+
 def before(library: str) -> str:
     return (EXAMPLES / "migrating" / f"{library}_before.py").read_text()
 
