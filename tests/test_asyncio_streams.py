@@ -322,6 +322,37 @@ async def test_close_is_the_explicit_success(secure: bool) -> None:
     assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.CLOSED)
 
 
+@pytest.mark.parametrize("drain", [None, Drain(timeout=0), Drain(total=0)], ids=repr)
+@each_security
+async def test_without_time_to_drain_all_is_sent(
+    secure: bool, drain: Drain | None
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(LARGE)
+
+    async with (
+        serving(answer, secure=secure, drain=drain) as service,
+        service.peer() as peer,
+    ):
+        data, how = await end_of(peer)
+        assert (len(data), how) == (len(LARGE), finished(secure))
+
+
+async def test_cancelled_right_after_the_close() -> None:
+    """Before anything else has run."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(WHOLE)
+        await asyncio.sleep(0.01)  # uvloop sends in a turn to come
+        writer.close()
+        raise asyncio.CancelledError
+
+    async with serving(answer) as service, service.peer() as peer:
+        ending = await service.ending()
+        assert await peer.read_to_end() == Seen(WHOLE, PeerClose.FIN)
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.CLOSED)
+
+
 async def test_close_sends_the_fin_while_the_handler_goes_on() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(WHOLE)

@@ -111,6 +111,8 @@ class Course:
         cause = cause_of_exit(exc, self._finish_on)
         if self._finishing is not None:
             await self._wait_for(self._finishing, cut_short=cause is Cause.CANCELLED)
+            # A task that is cancelled before its first step does nothing.
+            await self._send_fin(Cause.CLOSED, None, None)
         elif KIND_OF[cause] is CloseKind.RST:
             self._reset(cause, outcome)
         else:
@@ -124,6 +126,7 @@ class Course:
         except asyncio.CancelledError:
             task.cancel()
             await asyncio.wait({task})
+            await self._send_fin(Cause.CLOSED, None, None)
             raise
 
     def _reset(self, cause: Cause, outcome: Value[object] | Error | None) -> None:
@@ -138,7 +141,7 @@ class Course:
         if self._life.cause is not None:
             return
         try:
-            await self._flush(self._drain or DEFAULT_DRAIN)
+            await self._flush(_limits_of_sending(self._drain or DEFAULT_DRAIN))
         except BaseException:  # a cancellation only cuts the waiting short
             await self._send_fin(cause, outcome, None)
             raise
@@ -147,9 +150,10 @@ class Course:
     async def _send_fin(
         self, cause: Cause, outcome: Value[object] | Error | None, drain: Drain | None
     ) -> None:
+        if self._life.cause is not None:
+            return
         if not self._is_flushed() or self._own.has_dropped:
             self._reset(Cause.TORN_SEND, outcome)
-        if self._life.cause is not None:
             return
         self._note()
         self._between.close()
@@ -236,3 +240,9 @@ class Course:
                 self._on_ending(self.ending)
             except Exception:
                 logger.exception("on_ending failed: %r", self.ending)
+
+
+def _limits_of_sending(drain: Drain) -> Drain:
+    """Where there is no time to drain, there is some to send."""
+    timeout = drain.timeout or DEFAULT_DRAIN.timeout
+    return replace(drain, timeout=timeout, total=drain.total or None)

@@ -6,7 +6,7 @@
 
 The I/O stays with the transport of asyncio or uvloop. Beside it there is a second
 descriptor of the socket, so that no close of the transport is the end of the connection:
-that is a reset, or FIN and drain, of the same making as that of a :class:`Connection`.
+that is a reset, or FIN and drain, made as for any :class:`anyio_rst.Connection`.
 
 What holds:
 
@@ -42,7 +42,7 @@ from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_keepalive
 from ._scope import check_handler
 
 if TYPE_CHECKING:
-    from asyncio import StreamReader, StreamWriter
+    import asyncio
     from collections.abc import Awaitable, Callable, Coroutine
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
@@ -54,13 +54,13 @@ __all__ = ["Streams", "connection_scope", "scoped"]
 
 
 def scoped(
-    handler: Callable[[StreamReader, StreamWriter], Awaitable[object]],
+    handler: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]],
     *,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
     keepalive: float | None = None,
     on_ending: Callable[[Ending], object] | None = None,
-) -> Callable[[StreamReader, StreamWriter], Coroutine[Any, Any, None]]:
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]:
     """Turn *handler* into what :func:`asyncio.start_server` takes, and ends truthfully.
 
     The handler returns: what was written is sent, FIN, *drain*, close. It raises, or is
@@ -76,9 +76,10 @@ def scoped(
     Args:
       handler: async function of a reader and a writer.
       finish_on, drain, keepalive: see :func:`anyio_rst.connection_scope`. The limits of
-        *drain* are those of sending what is left as well.
-      on_ending: called with the :class:`Ending` of each connection. An exception in it
-        is logged at ERROR.
+        *drain* are those of sending what is left as well, for which there are 5 s without
+        progress if they leave none.
+      on_ending: called with the :class:`anyio_rst.Ending` of each connection. An
+        exception in it is logged at ERROR.
 
     Raises:
       TypeError: *handler* is not an async function, or another argument is of the wrong
@@ -91,7 +92,7 @@ def scoped(
     check_drain(drain)
     check_keepalive(keepalive)
 
-    async def serve(reader: StreamReader, writer: StreamWriter) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         arguments = reader, writer, types, drain, keepalive, on_ending, Cause.ABORTED
         try:
             course = Course(*arguments)
@@ -103,7 +104,7 @@ def scoped(
 
     @functools.wraps(handler)
     def serve_one(
-        reader: StreamReader, writer: StreamWriter
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Coroutine[Any, Any, None]:
         with suppress(TypeError, ValueError, OSError):  # serve() tells
             lowlevel.arm(writer)  # a task may be cancelled before its first step
@@ -113,8 +114,8 @@ def scoped(
 
 
 def connection_scope(
-    reader: StreamReader,
-    writer: StreamWriter,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
     *,
     finish_on: FinishOn = (),
     drain: Drain | None = DEFAULT_DRAIN,
@@ -132,8 +133,8 @@ def connection_scope(
         print(streams.ending)
 
     Use the writer of *streams*. What is done with the one that was given goes out as
-    well, but it is not in :attr:`Ending.sent`, and neither its `close()` nor its
-    `transport.abort()` is told from the other: how the block ends decides.
+    well, but it is not in :attr:`anyio_rst.Ending.sent`, and its `close()` and its
+    `transport.abort()` are not told from each other: how the block ends decides.
 
     Args:
       reader, writer: of :func:`asyncio.open_connection`, on TCP.
@@ -159,12 +160,12 @@ class Streams:
         self._course = course
 
     @property
-    def reader(self) -> StreamReader:
+    def reader(self) -> asyncio.StreamReader:
         """The reader that was given."""
         return self._course.reader
 
     @property
-    def writer(self) -> StreamWriter:
+    def writer(self) -> asyncio.StreamWriter:
         """A writer whose `close()` and `transport.abort()` end the connection."""
         return self._course.writer
 
