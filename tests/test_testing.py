@@ -22,8 +22,6 @@ from anyio.abc import SocketAttribute
 import anyio_rst.testing
 from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose, PeerReset
 from anyio_rst.testing import (
-    Capture,
-    CaptureUnavailable,
     Direction,
     Faults,
     Peer,
@@ -31,13 +29,12 @@ from anyio_rst.testing import (
     TCPFlag,
     assert_fin,
     assert_rst,
-    capture_segments,
     connect_peer,
     open_pair,
     open_peer,
 )
 
-from serving import LONG
+from serving import LONG, capturing
 
 pytestmark = pytest.mark.anyio
 
@@ -60,15 +57,6 @@ def listening(host: str = "127.0.0.1") -> Iterator[tuple[socket.socket, int]]:
 def reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-
-
-@contextmanager
-def capturing(port: int) -> Iterator[Capture]:
-    try:
-        with capture_segments(port) as capture:
-            yield capture
-    except CaptureUnavailable as exc:
-        pytest.skip(str(exc))
 
 
 def port_of(connection: Connection) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -25,11 +24,9 @@ from anyio_rst import (
 )
 from anyio_rst.testing import (
     Capture,
-    CaptureUnavailable,
     Direction,
     Segment,
     TCPFlag,
-    capture_segments,
 )
 
 from serving import (
@@ -38,6 +35,7 @@ from serving import (
     Seen,
     assert_finished,
     assert_reset,
+    capturing,
     connection_of,
     error_of,
     fill_buffers,
@@ -287,15 +285,6 @@ async def test_connection_is_not_made_of_a_socket() -> None:
 # What was on the wire, and what was not.
 
 
-@contextmanager
-def captured(port: int) -> Iterator[Capture]:
-    try:
-        with capture_segments(port) as capture:
-            yield capture
-    except CaptureUnavailable as exc:
-        pytest.skip(str(exc))
-
-
 def sent_by_us(capture: Capture, flag: TCPFlag) -> list[Segment]:
     return [
         segment
@@ -312,7 +301,7 @@ async def test_fin_that_a_reset_found_in_the_queue_was_not_sent(kind: str) -> No
         filled.set()
 
     async with serve(kind, handler) as service:
-        with captured(service.port) as capture:
+        with capturing(service.port) as capture:
             with service.connect(buffer=4096) as peer:
                 await filled.wait()
                 await settled()
@@ -359,7 +348,7 @@ async def test_no_reset_is_reported_where_both_had_finished(
             raise Failure
 
     async with serve(kind, handler) as service:
-        with captured(service.port) as capture:
+        with capturing(service.port) as capture:
             with service.connect() as peer:
                 peer.send_eof()
                 assert await peer.read_to_end() == Seen(b"answer", PeerClose.FIN)
