@@ -1,6 +1,6 @@
 """What the platform does to a TCP socket: every option, ioctl and errno.
 
-This is the one place that knows on which platform it runs.
+With `_tcp_info`, this is the one place that knows on which platform it runs.
 """
 
 from __future__ import annotations
