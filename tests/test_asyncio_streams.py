@@ -723,6 +723,8 @@ async def test_wrong_arguments_are_refused() -> None:
     for options in ({"drain": 5}, {"finish_on": 5}):
         with pytest.raises(TypeError):
             scoped(test_client, **options)
+    with pytest.raises(TypeError, match="on_ending takes a function that is not async"):
+        scoped(test_client, on_ending=test_client)
 
 
 async def test_a_failing_on_ending_is_logged(caplog: Any) -> None:

@@ -296,3 +296,11 @@ def check_handler(handler: object, taker: str) -> None:
         and not is_lambda
     ):
         raise TypeError(f"{taker} takes an async function; {handler!r} is not async")
+
+
+def check_on_ending(on_ending: object) -> None:
+    """Refuse what cannot be a function that is not async."""
+    if on_ending is not None and (
+        not callable(on_ending) or inspect.iscoroutinefunction(on_ending)
+    ):
+        raise TypeError(f"on_ending takes a function that is not async: {on_ending!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from ._limits import (
 )
 from ._listening import DEFAULT_BACKLOG, check_reuse_port, check_sockets, listen
 from ._peer import ConnectionLost, PeerReset
-from ._scope import check_handler
+from ._scope import check_handler, check_on_ending
 from ._server import Server
 from ._takeover import is_trio
 from ._tls import check_tls
@@ -171,11 +170,7 @@ async def serve_tcp(
     check_reuse_port(reuse_port)
     if task_group is not None and not hasattr(task_group, "start_soon"):
         raise TypeError(f"task_group has no start_soon(): {task_group!r}")
-    reporter: object = on_ending
-    if reporter is not None and (
-        not callable(reporter) or inspect.iscoroutinefunction(reporter)
-    ):
-        raise TypeError(f"on_ending takes a function that is not async: {on_ending!r}")
+    check_on_ending(on_ending)
 
     if sockets is None:
         listening = await listen(host, port, backlog, reuse_port)

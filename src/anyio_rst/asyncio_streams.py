@@ -39,7 +39,7 @@ from . import lowlevel
 from ._asyncio_course import Course
 from ._ending import Cause, check_finish_on, left_by
 from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_keepalive
-from ._scope import check_handler
+from ._scope import check_handler, check_on_ending
 
 if TYPE_CHECKING:
     import asyncio
@@ -91,6 +91,7 @@ def scoped(
     types = check_finish_on(finish_on)
     check_drain(drain)
     check_keepalive(keepalive)
+    check_on_ending(on_ending)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         arguments = reader, writer, types, drain, keepalive, on_ending, Cause.ABORTED
@@ -149,6 +150,7 @@ def connection_scope(
     types = check_finish_on(finish_on)
     check_drain(drain)
     check_keepalive(keepalive)
+    check_on_ending(on_ending)
     arguments = reader, writer, types, drain, keepalive, on_ending, Cause.CLOSED
     return _Scope(lambda: Course(*arguments))
 
