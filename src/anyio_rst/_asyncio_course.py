@@ -71,7 +71,7 @@ class Course:
         self._tls: TLSSession | None = None
         self._has_closed_tls = False
         self._own = Writer(self, reader, writer, self._between)
-        self.is_closing = False
+        self.is_closing: bool = False
         """`writer.close()` or `writer.transport.abort()` was called."""
         self.reader = reader
         self.writer: asyncio.StreamWriter = self._own
