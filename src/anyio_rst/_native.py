@@ -109,7 +109,7 @@ class NativeStream(SocketIO):
         """Send the RST and close. Synchronous, and good without an event loop."""
         if not self._is_measured:  # before the reset, which empties the queue
             self.fin_has_left = self.fin_is_out() and _tcp_info.fin_has_left(self._sock)
-            self._measure()
+            self._measure(_tcp_info.queued(self._sock))
         _sockets.reset(self._sock)
         self._close()
 
@@ -199,9 +199,9 @@ class NativeStream(SocketIO):
         while True:
             with move_on_after(limits.timeout) as patience:
                 await wait()
-            before, left = left, self._unacknowledged()
             if not patience.cancelled_caught or not limits.timeout:
                 return
+            before, left = left, self._unacknowledged()
             if before is None or left is None or left >= before:
                 return
 
@@ -253,10 +253,11 @@ class NativeStream(SocketIO):
                 # be answered by an RST, and the answer under way be lost.
                 self._discard(self._undrained, DISCARDED_AT_LAST)
             # What is still queued for a peer that is there, the kernel goes on sending.
-            self.fin_has_left = self.eof_sent and (
-                _tcp_info.fin_has_left(self._sock) or not self._is_lost()
+            queued = _tcp_info.queued(self._sock)
+            self.fin_has_left = (
+                queued == 0 or _tcp_info.fin_has_left(self._sock) or not self._is_lost()
             )
-            self._measure()
+            self._measure(queued)
             with suppress(OSError):
                 # Others may have changed it: with a time, closing would block.
                 _sockets.disarm(self._sock)
@@ -316,9 +317,12 @@ class NativeStream(SocketIO):
             self._lost(loss)
         return self._loss is not None
 
-    def _measure(self) -> None:
-        self.unacknowledged = self._unacknowledged()
+    def _measure(self, queued: int | None) -> None:
+        self.unacknowledged = self._without_fin(queued)
         self._is_measured = True
 
     def _unacknowledged(self) -> int | None:
-        return _tcp_info.unacknowledged(self._sock, fin_sent=self.eof_sent)
+        return self._without_fin(_tcp_info.queued(self._sock))
+
+    def _without_fin(self, queued: int | None) -> int | None:
+        return queued - 1 if queued and self.eof_sent else queued

@@ -113,13 +113,12 @@ if sys.platform == "linux":
             return exc.errno == errno.ENOTCONN
         return False
 
-    def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
+    def queued(sock: socket.socket) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged; None if it can't tell.
 
         SIOCOUTQ of tcp(7), which counts the FIN as one byte more.
         """
-        queued = _queue_size(sock, TIOCOUTQ)
-        return queued - 1 if fin_sent and queued else queued
+        return _queue_size(sock, TIOCOUTQ)
 
     def given(sock: socket.socket) -> int | None:
         """Bytes that the kernel has been given to send; None if it can't tell.
@@ -186,7 +185,7 @@ else:
     def _is_dissolved(sock: socket.socket) -> bool:
         return False
 
-    def unacknowledged(sock: socket.socket, *, fin_sent: bool) -> int | None:
+    def queued(sock: socket.socket) -> int | None:
         """Bytes sent that the peer's TCP has not acknowledged: not known here."""
         return None
 

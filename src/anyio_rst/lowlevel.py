@@ -111,7 +111,8 @@ def unacknowledged(sock: object) -> int | None:
       ValueError: it is a listening socket.
     """
     (owned,) = _sockets_of(sock, connected=True)
-    return _tcp_info.unacknowledged(owned, fin_sent=_tcp_info.fin_is_out(owned))
+    queued = _tcp_info.queued(owned)
+    return queued - 1 if queued and _tcp_info.fin_is_out(owned) else queued
 
 
 def set_keepalive(sock: object, seconds: float) -> None:
