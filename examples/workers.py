@@ -229,10 +229,15 @@ def main() -> None:
     loop = LOOPS[options.loop]
     if options.serve is None:
         listeners = listen(options.port, options.workers, options.reuse_port)
-        anyio.run(supervise, listeners, options.loop, **loop)
+        try:
+            anyio.run(supervise, listeners, options.loop, **loop)
+        finally:
+            for listener in listeners:
+                listener.close()
     else:
         inherited = socket.socket(fileno=options.serve)
-        anyio.run(work, inherited, socket.socket(fileno=STDIN), **loop)
+        with socket.socket(fileno=STDIN) as parent:
+            anyio.run(work, inherited, parent, **loop)
 
 
 if __name__ == "__main__":
