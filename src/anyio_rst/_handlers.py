@@ -150,8 +150,10 @@ async def _run(
     connection: Connection,
     scope: CancelScope,
 ) -> None:
+    running = handle(connection)
+    del connection  # this frame is in the traceback of what the handler raises
     with scope:
-        await handle(connection)
+        await running
 
 
 async def _raise(exc: BaseException) -> NoReturn:

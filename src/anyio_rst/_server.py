@@ -282,7 +282,7 @@ class Server:
             raise
 
     async def _handle(self, connection: Connection) -> None:
-        spent = None
+        spent = remaining = None
         try:
             # As in run(), which would be one more coroutine for each connection.
             try:
@@ -296,17 +296,17 @@ class Server:
             remaining = self._settle(connection, exc)
             if remaining is None or all_leaves(remaining, get_cancelled_exc_class()):
                 spent = exc
-            if remaining is exc:
-                raise
-            if remaining is not None:
-                raise remaining from None
         finally:
             self._ended(connection)
             self._report(connection)
-            if spent is not None:
-                drop_frames(spent)
-                # The frame of this function may be in a traceback still.
-                del connection, spent
+        if spent is not None:
+            drop_frames(spent)
+        try:
+            if remaining is not None:
+                raise remaining
+        finally:
+            # The frame of this function is in the traceback.
+            del connection, spent, remaining
 
     def _lost_its_task(self, connection: Connection) -> None:
         """It was cancelled before its first step; or in its last, and all is done."""
