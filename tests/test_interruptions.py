@@ -74,6 +74,8 @@ class Strike:
 
     def __enter__(self) -> None:
         self.before = sys.gettrace()
+        # Python 3.12 traces no opcode if no frame asked for it before the tracing began.
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self.trace)
 
     def __exit__(self, *exc_info: object) -> None:
