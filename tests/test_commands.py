@@ -141,14 +141,23 @@ def test_help_fits_a_terminal(argv: list[str]) -> None:
 
 
 def test_interruption_is_held_back() -> None:
-    held = []
+    passed = []
     with interruption.caught(signal.SIGINT):
         with pytest.raises(Interrupted):
             with interruption.held():
                 signal.raise_signal(signal.SIGINT)
-                held.append(signal.getsignal(signal.SIGINT))
-    assert held == [signal.SIG_IGN]  # one is enough
+                passed.append("the first")
+        signal.raise_signal(signal.SIGINT)
+        passed.append("the second")  # one is enough
+    assert passed == ["the first", "the second"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signal_of_an_outer_one_is_not_raised_after_that_of_an_inner_one() -> None:
+    with interruption.caught(signal.SIGINT):
+        with pytest.raises(Interrupted), interruption.caught(signal.SIGTERM):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_interruption_wakes_what_holds_it_back() -> None:

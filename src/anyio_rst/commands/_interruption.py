@@ -51,9 +51,10 @@ class Interruption:
             signal.signal(number, self._strike)
             yield
         finally:
-            signal.signal(number, before if afterwards is None else afterwards)
             self._caught.discard(number)
-            self._struck = None
+            _set_handler(number, before if afterwards is None else afterwards)
+            if not self._caught:
+                self._struck = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -78,13 +79,22 @@ class Interruption:
             self._wake = None
 
     def _strike(self, number: int, _: object) -> None:
-        for each in self._caught:
-            signal.signal(each, signal.SIG_IGN)
+        if self._struck is not None or number not in self._caught:
+            return
         self._struck = number
         if not self._held:
             raise Interrupted(number)
         if self._wake is not None:
             self._wake()
+
+
+def _set_handler(number: int, handler: Any) -> None:
+    """Let none come in between: of one that finds no function, Python prints an error."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        signal.signal(number, handler)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 # Of the process, as its signals are.
