@@ -28,7 +28,7 @@ from ._ending import (
 )
 from ._idle import Idle
 from ._lifecycle import Lifecycle
-from ._limits import check_seconds
+from ._limits import check_seconds, check_thread
 from ._takeover import put_under
 from ._task_group import ConnectionTaskGroup, is_stopped
 
@@ -161,7 +161,11 @@ class Connection(Conversation):
         Tasks that wait in the connection wake with :exc:`anyio.ClosedResourceError`.
         When a FIN has gone out already, with the return of the body or with `aclose()`,
         this only cuts the drain short.
+
+        Raises:
+          RuntimeError: in a thread other than that of the event loop.
         """
+        check_thread(self._life.thread, "Connection.abort()")
         self._reset(Cause.ABORTED)
 
     def detach(self) -> Any:
@@ -174,8 +178,10 @@ class Connection(Conversation):
         Raises:
           anyio.BusyResourceError: a task is waiting in the connection.
           anyio.ClosedResourceError: the connection has ended.
+          RuntimeError: in a thread other than that of the event loop.
         """
         life = self._life
+        check_thread(life.thread, "Connection.detach()")
         if life.cause is not None:
             raise ClosedResourceError
         if life.stream.busy:

@@ -16,6 +16,7 @@ verdict is RST    send the RST: ended         cut the drain short: ended
 from __future__ import annotations
 
 from contextlib import suppress
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -58,6 +59,7 @@ class Lifecycle:
         "server",
         "state",
         "stream",
+        "thread",
     )
 
     def __init__(
@@ -78,6 +80,8 @@ class Lifecycle:
         """What users keep with the connection."""
         self.server: Stoppable | None = None
         """Who has accepted the connection."""
+        self.thread = get_ident()
+        """Where its event loop runs."""
         self._is_sending_fin = False
         self._is_cut_short = False
         self._over: Event | None = None

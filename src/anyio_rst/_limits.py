@@ -1,8 +1,9 @@
-"""The limits of a connection: of its drain, and of times."""
+"""The limits of a connection: of its drain, of times, and of threads."""
 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 
 __all__ = ["Drain"]
@@ -73,6 +74,15 @@ def check_number(name: str, value: object, least: int, most: int | None) -> None
     if value < least or (most is not None and value > most):
         bounds = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be {bounds}, not {value!r}")
+
+
+def check_thread(owner: int, call: str) -> None:
+    """Refuse *call* in another thread than *owner*, which it could not wake."""
+    if threading.get_ident() != owner:
+        raise RuntimeError(
+            f"{call} belongs to the thread of its event loop: "
+            "call it there, with anyio.from_thread.run_sync()"
+        )
 
 
 DEFAULT_DRAIN = Drain()

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections import Counter
 from contextlib import suppress
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from anyio import (
@@ -31,6 +32,7 @@ from ._connection import Connection
 from ._ending import Cause, CloseKind, all_leaves
 from ._failures import FailureLog, HandshakeFailed, drop_frames, logger
 from ._handlers import HandlerTasks
+from ._limits import check_thread
 from ._native import NativeStream
 from ._statistics import ServerStatistics, Totals
 from ._takeover import is_trio
@@ -110,6 +112,7 @@ class Server:
         # of them at a time says so in the log.
         self._turn = Lock(fast_acquire=True)
         self._next_end: Event | None = None
+        self._thread = get_ident()
 
     def __str__(self) -> str:
         return ", ".join(
@@ -149,7 +152,11 @@ class Server:
 
         Who connects between the last accept and the close is reset by the kernel, unless
         another process has the listening socket, too.
+
+        Raises:
+          RuntimeError: in a thread other than that of the event loop.
         """
+        check_thread(self._thread, "Server.stop()")
         if self.stopping:
             return
         for listener in self._sockets:

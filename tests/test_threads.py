@@ -1,0 +1,66 @@
+"""A connection belongs to the thread of its event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+import pytest
+from anyio import from_thread, to_thread
+
+from anyio_rst import Cause, Connection, PeerClose, serve_tcp
+
+from serving import Peer, serve
+
+pytestmark = pytest.mark.anyio
+
+REFUSED = r"thread of its event loop: call it there, with anyio\.from_thread"
+
+
+@pytest.mark.parametrize("call", [Connection.abort, Connection.detach])
+async def test_call_in_another_thread_is_refused_and_changes_nothing(
+    kind: str, call: Callable[[Connection], object]
+) -> None:
+    async def handler(conn: Connection) -> None:
+        with pytest.raises(RuntimeError, match=REFUSED):
+            await to_thread.run_sync(call, conn)
+        await conn.send(await conn.receive())
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            await peer.send(b"echo")
+            seen = await peer.read_to_end()
+            peer.send_eof()
+            ending = await service.ending()
+    assert (seen.data, seen.close) == (b"echo", PeerClose.FIN)
+    assert ending.cause is Cause.RETURNED
+
+
+async def test_abort_that_is_passed_to_its_thread_wakes_the_reader(kind: str) -> None:
+    async def handler(conn: Connection) -> None:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(to_thread.run_sync, from_thread.run_sync, conn.abort)
+            with pytest.raises(anyio.ClosedResourceError):
+                await conn.receive()
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            seen = await peer.read_to_end()
+            ending = await service.ending()
+    assert seen.close is PeerClose.RST
+    assert ending.cause is Cause.ABORTED
+
+
+async def test_stop_in_another_thread_is_refused_and_changes_nothing() -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"served")
+
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(lambda **status: serve_tcp(handler, **status))
+        with pytest.raises(RuntimeError, match=REFUSED):
+            await to_thread.run_sync(server.stop)
+        assert not server.stopping
+        with Peer(server.port) as peer:
+            seen = await peer.read_to_end()
+        server.stop()
+    assert (seen.data, seen.close) == (b"served", PeerClose.FIN)
