@@ -38,8 +38,11 @@ async def test_call_in_another_thread_is_refused_and_changes_nothing(
 
 async def test_abort_that_is_passed_to_its_thread_wakes_the_reader(kind: str) -> None:
     async def handler(conn: Connection) -> None:
+        def abort() -> None:
+            from_thread.run_sync(conn.abort)
+
         async with anyio.create_task_group() as tg:
-            tg.start_soon(to_thread.run_sync, from_thread.run_sync, conn.abort)
+            tg.start_soon(to_thread.run_sync, abort)
             with pytest.raises(anyio.ClosedResourceError):
                 await conn.receive()
 
