@@ -584,11 +584,12 @@ async def test_mode_of_the_socket_does_not_block_the_drain(
         await conn.send(b"answer")
         interfere(raw_of(conn))
 
-    async with serve(kind, handler, drain=SHORT) as service:
+    async with serve(kind, handler, drain=Drain(timeout=LONG)) as service:
         with service.connect() as peer:
             async with heartbeat():
                 assert await peer.read_to_end() == Seen(b"answer", PeerClose.FIN)
                 peer.sock.sendall(b"unread")
+                peer.send_eof()
                 ending = await service.ending()
     assert (ending.kind, ending.discarded) == (CloseKind.FIN, len(b"unread"))
 
