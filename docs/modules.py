@@ -41,8 +41,8 @@ def imports(name: str) -> set[str]:
                     (node.module or alias.name).partition(".")[0] for alias in node.names
                 }
             elif isinstance(node, ast.ImportFrom) and path.is_dir():
-                if (node.module or "").startswith("anyio_rst."):
-                    found.add((node.module or "").split(".")[1])
+                package, _, module = (node.module or "").partition(".")
+                found |= {module.partition(".")[0]} if package == "anyio_rst" else set()
     return found & set(names()) - {name}
 
 
@@ -60,8 +60,10 @@ def summary(name: str) -> str:
 def draw() -> str:
     """A table, the lowest layer last: each module imports only from those below it."""
     lines = ["| layer | module | what it is |", "| ---: | --- | --- |"]
-    for name in sorted(names(), key=lambda name: (-layer(name), name)):
-        lines.append(f"| {layer(name)} | `{name}` | {summary(name)} |")
+    lines += (
+        f"| {layer(name)} | `{name}` | {summary(name)} |"
+        for name in sorted(names(), key=lambda name: (-layer(name), name))
+    )
     return "\n".join(lines) + "\n"
 
 

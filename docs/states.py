@@ -78,6 +78,14 @@ def arrow(path: str, head: tuple[int, int], kind: CloseKind) -> str:
     )
 
 
+def detour(x: int, y: int, low: int, end: int, kind: CloseKind) -> str:
+    """An arrow from (x, y) down to *low*, and up again at *end*."""
+    return (
+        f'<path d="M{x} {y}V{low}H{end}V{y + 2}" class="arrow {kind.value}"/>\n'
+        f'<path d="M{end} {y}l-6 10h12z" class="{kind.value}"/>'
+    )
+
+
 def label(x: int, y: int, kind: CloseKind, lines: list[str]) -> str:
     """What causes an arrow, and what the peer sees of it."""
     title = {CloseKind.DETACHED: "nothing is sent"}.get(kind, kind.value)
@@ -114,22 +122,18 @@ def draw() -> str:
             text(625, ends + 8 + LINE * count, line, "dim", "middle")
             for count, line in enumerate([*LIMITS, *CUT_SHORT], 1)
         ),
-        f'<path d="M80 {top + 80}V{detached}H745V{top + 82}" '
-        f'class="arrow {CloseKind.DETACHED.value}"/>',
-        f'<path d="M110 {top + 80}V{reset}H715V{top + 82}" '
-        f'class="arrow {CloseKind.RST.value}"/>',
-        f'<path d="M715 {top + 80}l-6 10h12z" class="{CloseKind.RST.value}"/>',
-        f'<path d="M745 {top + 80}l-6 10h12z" class="{CloseKind.DETACHED.value}"/>',
+        detour(80, top + 80, detached, 745, CloseKind.DETACHED),
+        detour(110, top + 80, reset, 715, CloseKind.RST),
         label(152, reset + 22, CloseKind.RST, [*failed, DEATH]),
         label(152, detached + 22, CloseKind.DETACHED, given),
     ]
     description = "; ".join(
         f"{PEER[kind]} after {', '.join(causes(kind))}" for kind in CloseKind
     )
+    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-            f'width="{WIDTH}" height="{height}" role="img">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
             "<title>A connection is open, then finishing, then ended</title>",
             f"<desc>{escape(description)}.</desc>",
             f"<style>{STYLE}</style>",

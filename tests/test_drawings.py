@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
 
-import modules  # noqa: E402
-import states  # noqa: E402
+import modules
+import states
 
-from anyio_rst import Cause  # noqa: E402
+from anyio_rst import Cause
 
 
 def test_states_are_those_of_the_code() -> None:
