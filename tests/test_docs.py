@@ -22,6 +22,7 @@ from test_readme import ROOT, ask, connect, free_port, on, running
 
 import anyio_rst
 
+import shown
 from serving import LONG
 
 DOCS = ROOT / "docs"
@@ -36,8 +37,13 @@ def changed(program: str, old: str, new: str) -> str:
 
 
 def test_the_programs_shown_are_those_that_are_tested() -> None:
-    """A page includes them from files. test_pytest_plugin.py runs those of one page."""
-    pages = {page.name for page in DOCS.glob("*.md") if "```python\n" in page.read_text()}
+    """If not: `python docs/shown.py`. test_pytest_plugin.py runs those of one page."""
+    for page in shown.PAGES:
+        text = page.read_text()
+        assert text == shown.with_programs(text)
+        assert "literalinclude" not in text
+    unmarked = re.compile(r"(?<! -->\n)^```python$", re.MULTILINE)
+    pages = {page.name for page in DOCS.glob("*.md") if unmarked.search(page.read_text())}
     assert pages == {"testing.md"}
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1] / "docs"))
+from anyio_rst import Cause
 
 import modules
 import states
-
-from anyio_rst import Cause
 
 
 def test_states_are_those_of_the_code() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import ssl
 from pathlib import Path
@@ -22,10 +21,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("name", ["download", "proxy", "line_protocol", "push"])
 def test_page_shows_the_example(name: str) -> None:
     text = (ROOT / "docs" / f"{name}.md").read_text()
-    shown = re.findall(r"```{literalinclude} \.\./(.*)\n", text)
-    assert shown[0] == f"examples/{name}.py"
-    for path in shown:
-        assert (ROOT / path).is_file()
+    assert text.index(f"<!-- examples/{name}.py -->")
     assert f"    python examples/{name}.py" in text
     assert f"docs/{name}.md" in (ROOT / "README.md").read_text()
 
@@ -33,7 +29,7 @@ def test_page_shows_the_example(name: str) -> None:
 @pytest.mark.parametrize("name", ["limits", "log_json", "metrics", "behind_haproxy"])
 def test_guide_shows_the_example(name: str) -> None:
     text = (ROOT / "docs" / "server.md").read_text()
-    assert f"```{{literalinclude}} ../examples/{name}.py\n" in text
+    assert f"<!-- examples/{name}.py -->\n" in text
 
 
 @loops

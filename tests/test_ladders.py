@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from anyio_rst.testing import CaptureUnavailable
 
-DOCS = Path(__file__).parents[1] / "docs"
-sys.path.append(str(DOCS))
+import ladders
 
-import ladders  # noqa: E402
+DOCS = Path(__file__).parents[1] / "docs"
 
 pytestmark = pytest.mark.anyio
 
