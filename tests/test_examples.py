@@ -26,9 +26,18 @@ def test_page_shows_the_example(name: str) -> None:
     assert f"docs/{name}.md" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["limits", "log_json", "metrics", "behind_haproxy"])
-def test_guide_shows_the_example(name: str) -> None:
-    text = (ROOT / "docs" / "server.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("server", "limits"),
+        ("server", "behind_haproxy"),
+        ("observability", "log_json"),
+        ("observability", "metrics"),
+        ("tls", "tls_server"),
+    ],
+)
+def test_guide_shows_the_example(page: str, name: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     assert f"<!-- examples/{name}.py -->\n" in text
 
 
@@ -51,3 +60,30 @@ def test_line_protocol(loop: str, tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=LONG) as sock:
             sock.sendall(b"STARTTLS\r\nEXPLAIN EPIPE\r\n")
             assert read_to_end(sock) == Seen(b"+OK ready\r\n", PeerClose.RST)
+
+
+NAMES = [("Ada", b"Hello, ADA", True), ("Zoë", b"Hello, ", False)]
+
+
+@loops
+def test_tls_server(loop: str, tmp_path: Path) -> None:
+    port = free_port()
+    authority = trustme.CA()
+    pem = tmp_path / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with running([*example("tls_server.py", loop, port=port), str(pem)]) as process:
+        for name, answer, is_whole in NAMES:
+            with trusting.wrap_socket(
+                connect(port, process),
+                server_hostname="localhost",
+                suppress_ragged_eofs=False,
+            ) as secure:
+                secure.sendall(name.encode())
+                answers(secure, answer)
+                if is_whole:
+                    assert secure.recv(100) == b""  # a close_notify
+                else:
+                    with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
+                        secure.recv(100)
