@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -163,13 +164,23 @@ def check_contents(
     if wrong := packed ^ (ours | {"PKG-INFO"}):
         session.error(f"missing from the sdist, or too much in it: {sorted(wrong)}")
 
+    info = f"{root}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
-    info = f"{root}.dist-info"
+        readme = archive.read(f"{info}/METADATA").decode()
+    source = PYPROJECT["project"]["urls"]["Source"]
+    links = set(re.findall(r"\]\(([^)#]+)", readme))
+    published = {f"{source}/blob/main/{name}" for name in files}
+    if dead := {link for link in links - published if not is_elsewhere(link, source)}:
+        session.error(f"links of the README that lead nowhere: {sorted(dead)}")
     metadata = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     ours = {name[len("src/") :] for name in files if name.startswith("src/")}
     if wrong := packed ^ (ours | {f"{info}/{name}" for name in metadata}):
         session.error(f"missing from the wheel, or too much in it: {sorted(wrong)}")
+
+
+def is_elsewhere(link: str, source: str) -> bool:
+    return link.startswith("https://") and not link.startswith(source)
 
 
 @nox.session

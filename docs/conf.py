@@ -21,6 +21,7 @@ PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 project = "anyio_rst"
 author = "the anyio_rst developers"
 (release,) = re.findall(r'^version = "(.*)"$', PYPROJECT, re.MULTILINE)
+(source,) = re.findall(r'^Source = "(.*)"$', PYPROJECT, re.MULTILINE)
 
 extensions = [
     "myst_parser",
@@ -46,7 +47,12 @@ napoleon_use_param = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
-html_title = "anyio_rst"
+html_title = f"anyio_rst {release}"
+html_theme_options = {
+    "source_repository": source,
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
 html_static_path = ["_static"]
 html_css_files = ["tables.css", "theme.css"]
 html_copy_source = False
