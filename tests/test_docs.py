@@ -7,6 +7,7 @@ import doctest
 import importlib
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -162,6 +163,22 @@ def test_tutorial(title: str, loop: str, tmp_path: Path) -> None:
             assert is_as_told(told_by_client, output), output
         output = printed_by(server, told_by_server)
     assert is_as_told(told_by_server, output), output
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="anyio.run() raises CancelledError there"
+)
+@pytest.mark.parametrize("title", STEPS)
+def test_ctrl_c_stops_each_server_of_the_tutorial(title: str, tmp_path: Path) -> None:
+    port = free_port()
+    set_up(tmp_path, "asyncio", port)
+    command = next(one for one, _ in SECTIONS[title] if not one.startswith(CLIENTS))
+    with server_in(tmp_path, command) as server:
+        connect(port, server).close()
+        server.send_signal(signal.SIGINT)
+        output, _ = server.communicate(timeout=LONG)
+        assert server.returncode == 0
+    assert "Traceback" not in output
 
 
 def run_tests(directory: Path) -> str:

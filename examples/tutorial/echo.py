@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import anyio
 
 from anyio_rst import Connection, serve_tcp
@@ -8,4 +10,5 @@ async def echo(conn: Connection) -> None:
         await conn.send(chunk)
 
 
-anyio.run(serve_tcp, echo, 8000)
+with suppress(KeyboardInterrupt):  # Ctrl-C
+    anyio.run(serve_tcp, echo, 8000)

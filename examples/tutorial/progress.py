@@ -1,5 +1,6 @@
 """The same, with a report each second, and an end to it when there is nothing new."""
 
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -32,4 +33,5 @@ async def report(conn: Connection, received: bytearray) -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(partial(serve_tcp, total, on_ending=print), 8000)
+    with suppress(KeyboardInterrupt):  # Ctrl-C
+        anyio.run(partial(serve_tcp, total, on_ending=print), 8000)

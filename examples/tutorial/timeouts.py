@@ -1,5 +1,6 @@
 """The same, with three seconds for all of it."""
 
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -14,4 +15,5 @@ async def total(conn: Connection) -> None:
         await conn.send(b"%d\n" % sum(numbers))
 
 
-anyio.run(partial(serve_tcp, total, on_ending=print), 8000)
+with suppress(KeyboardInterrupt):  # Ctrl-C
+    anyio.run(partial(serve_tcp, total, on_ending=print), 8000)

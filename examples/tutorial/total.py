@@ -1,5 +1,6 @@
 """Add up numbers, one to a line. The client's FIN says that these were all."""
 
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -13,4 +14,5 @@ async def total(conn: Connection) -> None:
     await conn.send(b"%d\n" % sum(numbers))
 
 
-anyio.run(partial(serve_tcp, total, on_ending=print), 8000)
+with suppress(KeyboardInterrupt):  # Ctrl-C
+    anyio.run(partial(serve_tcp, total, on_ending=print), 8000)
