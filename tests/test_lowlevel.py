@@ -139,6 +139,24 @@ async def test_set_keepalive(holder: str) -> None:
         assert copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 6000
 
 
+async def test_socket_that_does_not_know_its_family() -> None:
+    """`socket.fromfd()` believes what it is told, and so does what it accepts."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Peer(listener.getsockname()[1]) as peer,
+    ):
+        with socket.fromfd(listener.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as told:
+            sock, _ = told.accept()
+        with sock:
+            assert sock.family == socket.AF_UNIX
+            lowlevel.arm(sock)
+            lowlevel.reset(sock)
+            assert (await peer.read_to_end()).close is PeerClose.RST
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(TypeError, match="its socket is AF_UNIX"):
+        lowlevel.arm(one)
+
+
 @each_holder
 async def test_reset_on_failure(holder: str) -> None:
     async with held(holder) as (given, copy, peer):

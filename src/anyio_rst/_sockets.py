@@ -179,8 +179,12 @@ def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:
     """
     name = type(stream).__qualname__
     family = owned.family
-    if family not in (socket.AF_INET, socket.AF_INET6):
-        family = getattr(family, "name", family)
+    inet = socket.AF_INET, socket.AF_INET6
+    if family not in inet and hasattr(socket, "SO_DOMAIN"):
+        # What was accepted from a socket.fromfd() has the family that was given there.
+        family = owned.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+    if family not in inet:
+        family = getattr(owned.family, "name", family)
         raise TypeError(
             f"{name} is not a TCP connection: its socket is {family}, and only TCP "
             "(AF_INET or AF_INET6) has an RST"

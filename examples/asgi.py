@@ -1,0 +1,40 @@
+"""An ASGI middleware: an answer that is left half done ends with an RST, and not a FIN."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from anyio_rst import lowlevel
+
+
+def true_endings(app: Any, connection: Callable[[], object]) -> Any:
+    """*connection()*, called by the task of a request, is what has its TCP socket."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["http_version"] not in ("1.0", "1.1"):
+            return await app(scope, receive, send)  # they have ends of their own
+        begun = done = False
+
+        def tell(do: Callable[[object], None]) -> None:
+            with suppress(TypeError, ValueError, OSError):  # a UNIX socket; it has gone
+                do(connection())
+
+        async def send_armed(message: Any) -> None:
+            nonlocal begun, done
+            if not begun:  # this is http.response.start
+                begun = True
+                tell(lowlevel.arm)
+            elif not (done or message.get("more_body", False)):
+                await send({**message, "more_body": True})
+                tell(lowlevel.disarm)  # all of it is sent, but for the mark of its end
+                message = {"type": "http.response.body"}
+                done = True
+            await send(message)
+
+        try:
+            await app(scope, receive, send_armed)
+        finally:
+            if begun and not done:  # it raised, was cancelled, or forgot the rest
+                tell(lowlevel.reset)
+
+    return serve

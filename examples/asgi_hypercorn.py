@@ -1,0 +1,54 @@
+"""An ASGI server that shows nobody its connections, such as hypercorn, with true endings.
+
+hypercorn -k trio asgi_hypercorn:app
+curl --http1.0 http://localhost:8000/-500/500
+"""
+
+import os
+import socket
+import stat
+from contextlib import suppress
+from typing import Any
+
+from anyio_rst import lowlevel
+
+from asgi_table import table
+
+
+def reset_by_address(app: Any) -> Any:
+    """Reset the connection of an answer that is left half done."""
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["http_version"] not in ("1.0", "1.1"):
+            return await app(scope, receive, send)  # they have ends of their own
+        server, client = scope.get("server"), scope.get("client")  # who may be changed
+        begun = done = False
+
+        async def send_watched(message: Any) -> None:
+            nonlocal begun, done
+            is_last = begun and not message.get("more_body", False)
+            begun = True
+            await send(message)
+            done = is_last
+
+        try:
+            await app(scope, receive, send_watched)
+        finally:
+            if begun and not done and server and client:  # a UNIX socket has none
+                reset(tuple(server), tuple(client))
+
+    return serve
+
+
+def reset(server: tuple[str, int], client: tuple[str, int]) -> None:
+    """Look for the connection among all that this process has open."""
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError):  # it is closed by now, or not connected
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as sock:
+                    ends = sock.getsockname()[:2], sock.getpeername()[:2]
+                    if ends == (server, client):
+                        lowlevel.reset(sock)
+
+
+app = reset_by_address(table)
