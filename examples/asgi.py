@@ -1,4 +1,4 @@
-"""An ASGI middleware: an answer that is left half done ends with an RST, and not a FIN."""
+"""An ASGI middleware: an answer that is left half done ends with RST and not with FIN."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,9 +11,9 @@ def true_endings(app: Any, connection: Callable[[], object]) -> Any:
     """*connection()*, called by the task of a request, is what has its TCP socket."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["http_version"] not in ("1.0", "1.1"):
-            return await app(scope, receive, send)  # they have ends of their own
-        begun = done = False
+        # HTTP/2 and WebSocket have ends of their own.
+        done = scope["type"] != "http" or scope["http_version"] not in ("1.0", "1.1")
+        begun = False
 
         def tell(do: Callable[[object], None]) -> None:
             with suppress(TypeError, ValueError, OSError):  # a UNIX socket; it has gone
@@ -21,7 +21,7 @@ def true_endings(app: Any, connection: Callable[[], object]) -> Any:
 
         async def send_armed(message: Any) -> None:
             nonlocal begun, done
-            if not begun:  # this is http.response.start
+            if not (begun or done):  # this is http.response.start
                 begun = True
                 tell(lowlevel.arm)
             elif not (done or message.get("more_body", False)):

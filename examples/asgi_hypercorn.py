@@ -20,8 +20,9 @@ def reset_by_address(app: Any) -> Any:
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["http_version"] not in ("1.0", "1.1"):
-            return await app(scope, receive, send)  # they have ends of their own
-        server, client = scope.get("server"), scope.get("client")  # who may be changed
+            await app(scope, receive, send)  # they have ends of their own
+            return
+        server, client = scope.get("server"), scope.get("client")
         begun = done = False
 
         async def send_watched(message: Any) -> None:

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from asgi import true_endings
 from asgi_table import table
 
-CONNECTION: ContextVar[object] = ContextVar("CONNECTION", default=None)
+CONNECTION: ContextVar[object] = ContextVar("CONNECTION")
 
 
 class Known(asyncio.Protocol):

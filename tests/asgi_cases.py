@@ -8,10 +8,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import ssl
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+import uvloop
 from aiohttp import web
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -101,8 +105,25 @@ H11 = Http
 armed = true_endings(cases, CONNECTION.get)
 by_address = reset_by_address(cases)
 
-aiohttp_plain = web.Application()
-aiohttp_armed = web.Application(middlewares=[aiohttp_server.true_endings])
-aiohttp_armed.on_response_prepare.append(aiohttp_server.note)
-for application in (aiohttp_plain, aiohttp_armed):
-    application.router.add_get("/{length}/{way}", aiohttp_cases)
+
+def serve_aiohttp(kind: str, listener: str, loop: str, grace: str, tls: str) -> None:
+    app = web.Application()
+    if kind == "armed":
+        app.middlewares.append(aiohttp_server.true_endings)
+        app.on_response_prepare.append(aiohttp_server.note)
+    app.router.add_get("/{length}/{way}", aiohttp_cases)
+    context = None
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls)
+    web.run_app(
+        app,
+        sock=socket.socket(fileno=int(listener)),
+        loop=(uvloop if loop == "uvloop" else asyncio).new_event_loop(),
+        ssl_context=context,
+        shutdown_timeout=float(grace),
+    )
+
+
+if __name__ == "__main__":
+    serve_aiohttp(*sys.argv[1:])

@@ -733,6 +733,11 @@ PARSERS = {
 
 # Parse as one of these does, or are clients.
 ALIKE = {
+    "aiohttp_server.py",  # they parse nothing: others' servers
+    "asgi.py",
+    "asgi_hypercorn.py",
+    "asgi_table.py",
+    "asgi_uvicorn.py",
     "limits.py",
     "log_json.py",
     "metrics.py",
