@@ -285,6 +285,9 @@ def test_slow_reader_gets_all_of_it(service: Service, length: str) -> None:
 
 def test_stop(server: str) -> None:
     """Who waits for the rest of an answer gets an RST, who has all of it a FIN."""
+    if server == "hypercorn-asyncio" and sys.version_info >= (3, 12):
+        # It waits in Server.wait_closed(), which since then is for all connections.
+        pytest.skip("hypercorn never gets to its graceful time-out here")
     with serving(server) as service, service.connect() as idle:
         ask(idle, "/length/done")
         receive(idle, WHOLE)
