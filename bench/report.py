@@ -1,7 +1,6 @@
 """The tables of the results, and what they are written to.
 
-`python bench/report.py` writes docs/benchmark.* and the table of the README anew from
-bench/results.json.
+`python bench/report.py` writes docs/benchmark.* anew from bench/results.json.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 DOCS = HERE.parent / "docs"
 PAGE, CHART = DOCS / "benchmark.md", DOCS / "benchmark.svg"
-README = HERE.parent / "README.md"
-BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
 
 COMPARED = IN_TURN | UNTIL_RESET
 
@@ -206,18 +203,22 @@ def summary(results: Results) -> str:
     return table(["AnyIO's listener / `serve_tcp`", *loops], body)
 
 
-def filled(page: str, content: str) -> str:
-    """*page* with *content* between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{content}\n\n{END}{after}"
+def filled(page: str, name: str, content: str) -> str:
+    """*page* with *content* between the marks of that *name*."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n\n{end}{after}"
 
 
 def written(results: Results) -> dict[Path, str]:
     """Every file that shows results, as it should be."""
     return {
-        PAGE: filled(PAGE.read_text(), tables(results)),
-        README: filled(README.read_text(), summary(results)),
+        PAGE: filled(
+            filled(PAGE.read_text(), "summary", summary(results)),
+            "results",
+            tables(results),
+        ),
         CHART: chart.draw(results),
     }
 

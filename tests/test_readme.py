@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
-GREETING, SCOPE, SERVER, GRACEFUL, CLIENT = BLOCKS
+GREETING, SCOPE, SERVER, CLIENT = BLOCKS
+GRACEFUL = (ROOT / "examples" / "graceful.py").read_text()
 
 
 # Below those that the kernel gives to whoever asks for any (ip_local_port_range), and for
@@ -116,11 +117,6 @@ def test_the_server_does_what_it_says() -> None:
     with running(short_lived) as (port, server), connect(port, server) as sock:
         with pytest.raises(ConnectionResetError):
             sock.recv(100)
-
-
-def test_the_example_shown_is_the_one_that_is_tested() -> None:
-    """By test_serve_processes.py."""
-    assert (ROOT / "examples" / "graceful.py").read_text() == GRACEFUL
 
 
 @pytest.mark.parametrize(
