@@ -296,6 +296,19 @@ async def test_reset_before_the_scope_is_told_in_it(
     assert ending_with(CloseKind.RST, conn, Cause.RETURNED).peer is PeerClose.RST
 
 
+async def test_reset_that_the_transport_has_closed_itself_for_is_told_in_the_scope(
+    owner: str,
+) -> None:
+    stream, peer = await stream_and_peer(owner)
+    peer.reset()
+    block_until(stream, 0)
+    await settled()
+    with pytest.raises(PeerReset):
+        async with connection_scope(stream) as conn:
+            await conn.receive()
+    assert ending_with(CloseKind.RST, conn, Cause.RAISED).peer is PeerClose.RST
+
+
 async def test_listener_survives_many_clients_that_reset_at_once() -> None:
     async def handler(conn: Connection) -> None:
         connections.append(conn)

@@ -128,7 +128,9 @@ def attributes_of(stream: ByteStream) -> Mapping[Any, Callable[[], Any]]:
     """Its extra attributes; none if it is closed and cannot even tell."""
     try:
         return stream.extra_attributes
-    except AttributeError:  # a closed transport of uvloop shows no socket to AnyIO
+    # A closed transport of uvloop shows AnyIO no socket, or, if the peer reset it, one
+    # whose descriptor is -1.
+    except (AttributeError, ValueError):
         return {}
 
 
