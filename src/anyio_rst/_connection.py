@@ -137,6 +137,39 @@ class Connection(Conversation):
             check_seconds("timeout", timeout)
         return Idle(self._life, timeout)
 
+    def is_stale(self) -> bool:
+        """Whether the connection is no good for another request, as far as one can see.
+
+        For a pool, of a connection that nobody uses at the moment. Not a coroutine: it
+        looks at what has arrived by now, and waits for nothing. Nothing is consumed
+        either: a receive still gets, or raises, whatever it would have.
+
+        True, if the peer has finished, reset the connection or sent something that would
+        be taken for the answer to the next request, in the buffers that
+        :func:`connection_scope` was given as well; if the connection was lost; and if it
+        has ended here, was detached or torn, or `send_eof()` was called.
+
+        Over TLS a close_notify is the end, and a session ticket (RFC 8446, 4.6.1) is no
+        input. What is in a buffer around the Connection is known to that buffer alone.
+
+        False is no promise. What the peer did may be under way still, and a machine that
+        is gone says nothing; see *keepalive* of :func:`connection_scope`.
+
+        Raises:
+          anyio.BusyResourceError: a task is receiving or sending, or TLS is being
+            started.
+          RuntimeError: in a thread other than that of the event loop.
+        """
+        life = self._life
+        check_thread(life.thread, "Connection.is_stale()")
+        if life.cause is not None:
+            return True
+        if life.stream.busy:
+            raise BusyResourceError("using")
+        if any(buffer.buffer for buffer in life.buffers or ()):
+            return True
+        return life.stream.is_stale()
+
     async def aclose(self) -> None:
         """Finish now: FIN, drain, close. The explicit success.
 
@@ -178,7 +211,9 @@ class Connection(Conversation):
         Raises:
           anyio.BusyResourceError: a task is waiting in the connection.
           anyio.ClosedResourceError: the connection has ended.
-          RuntimeError: in a thread other than that of the event loop.
+          RuntimeError: in a thread other than that of the event loop; or
+            :meth:`is_stale` has found input over TLS, which is to be received before,
+            or a byte of it would be missing in the stream.
         """
         life = self._life
         check_thread(life.thread, "Connection.detach()")
@@ -191,8 +226,8 @@ class Connection(Conversation):
             self._life = Lifecycle(life.native, life.stream)
             self._life.detach()
             return self._lent
-        life.detach()
         stream = life.stream.release()
+        life.detach()
         if isinstance(self._source, BufferedByteReceiveStream):
             put_under(self._source, stream)
             return self._source

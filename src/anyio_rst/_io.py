@@ -156,6 +156,8 @@ class SocketIO(Record, SocketStream):
         """
         data = None if self._closed else self._read(max_bytes)
         if not data:
+            if data is not None:
+                self._input_ended()
             raise WouldBlock
         self.received += len(data)
         return data

@@ -84,16 +84,30 @@ class NativeStream(SocketIO):
             with suppress(OSError):
                 self._sock.send(data, _sockets.DONTWAIT)
 
-    def look(self) -> None:
-        """Find out whether the peer's end has arrived, where nothing else is to come."""
-        if self.peer is PeerClose.NONE and not self._ahead:
-            try:
-                if not self._sock.recv(1, _sockets.DONTWAIT | _sockets.PEEK):
-                    self._input_ended()
-            except BlockingIOError:
-                pass
-            except OSError as exc:
-                self._fail(exc)  # it is told only once
+    def look(self) -> bool:
+        """Whether a receive would not have to wait: for input, the peer's end, a loss."""
+        if self._ahead or self.has_lost_peer():
+            return True
+        try:
+            if not self._sock.recv(1, _sockets.DONTWAIT | _sockets.PEEK):
+                self._input_ended()
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            self._fail(exc)  # it is told only once
+        return True
+
+    def has_lost_peer(self) -> bool:
+        """Whether the end of the peer's side has been seen, or a loss."""
+        return self._loss is not None or self.peer is not PeerClose.NONE
+
+    def has_finished(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._closed or self.mid_send or self.fin_is_out()
+
+    def is_stale(self) -> bool:
+        """See :meth:`Connection.is_stale`."""
+        return self.has_finished() or self.look()
 
     def arm(self) -> None:
         """Let every end but :meth:`send_fin` be an RST."""

@@ -13,6 +13,7 @@ from anyio import (
     CancelScope,
     ClosedResourceError,
     EndOfStream,
+    WouldBlock,
 )
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from anyio.streams.tls import TLSAttribute
@@ -21,7 +22,7 @@ from ._ending import TLSSession
 from ._origin import RECEIVE_SIZE
 from ._peer import ConnectionLost, PeerClose
 from ._takeover import trio_class
-from ._tls_engines import AnyIOEngine, Transport, WrappingTLSStream
+from ._tls_engines import AnyIOEngine, Transport, WrappingTLSStream, run_at_once
 
 if TYPE_CHECKING:
     from ._native import NativeStream
@@ -32,6 +33,7 @@ class SecureStream:
     """A TLS session over *native*: I/O, and an ending of its own before the FIN."""
 
     __slots__ = (
+        "_ahead",
         "_broken",
         "_engine",
         "_native",
@@ -52,6 +54,7 @@ class SecureStream:
         # Bytes of the users, those before the session included.
         self.received: int = native.received
         self.sent: int = native.sent
+        self._ahead = b""  # decrypted, and not received yet
         self._broken: tuple[str, BaseException] | None = None
         self.session: TLSSession | None = None
         if engine is not None:
@@ -116,7 +119,9 @@ class SecureStream:
             try:
                 await checkpoint()  # what is decrypted already comes without one
                 self._refuse()
-                data = await engine.receive(max_bytes)
+                data, self._ahead = self._ahead, b""
+                if not data:
+                    data = await engine.receive(max_bytes)
             except EndOfStream:
                 self._native.look()
                 raise
@@ -144,12 +149,43 @@ class SecureStream:
         """What there is, without waiting for the peer; nothing at the end as well."""
         if self._broken is not None or self.session is None:
             return b""
-        data = b""
+        data, self._ahead = self._ahead, b""
+        if data:
+            return data
         self._transport.takes_what_is_there = True
         with CancelScope(shield=True), suppress(Exception):
             data = await engine.receive(max_bytes)
         self._transport.takes_what_is_there = False
         return data
+
+    def is_stale(self) -> bool:
+        """As that of :class:`NativeStream`.
+
+        What only the session has to know, as a ticket of TLS 1.3, is no input (RFC 8446,
+        4.6). It is told by reading on; the byte that this finds, if any, is kept.
+        """
+        native = self._native
+        if native.has_finished() or self._broken is not None or self._ahead:
+            return True
+        if self.session is None:  # before the handshake any input is unasked
+            return native.look()
+        return run_at_once(self._look()) is not False or native.has_lost_peer()
+
+    async def _look(self) -> bool:
+        """Whether a first byte, or the end of the session, can be had without waiting."""
+        engine = cast("Engine", self._engine)
+        self._transport.takes_what_is_there = True
+        try:
+            self._ahead = await engine.first_byte()
+        except WouldBlock:
+            return False
+        except EndOfStream:
+            pass
+        except Exception as exc:
+            await self._translated(exc, engine)  # for those who receive
+        finally:
+            self._transport.takes_what_is_there = False
+        return True
 
     async def send(self, item: bytes) -> None:
         if self._sending:
@@ -275,7 +311,15 @@ class SecureStream:
         native.reset()
 
     def release(self) -> object:
-        """As that of :class:`NativeStream`."""
+        """As that of :class:`NativeStream`.
+
+        Raises:
+          RuntimeError: a byte would be missing in the session that is handed back.
+        """
+        if self._ahead:
+            raise RuntimeError(
+                "is_stale() has found input, and decrypted its first byte: receive it"
+            )
         engine = cast("Engine", self._engine)
         self._native.send_now(self._transport.waiting)
         engine.set_transport(self._native.release())

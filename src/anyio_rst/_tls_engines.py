@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import ssl
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from anyio import BrokenResourceError, CancelScope, EndOfStream, Lock
 from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSAttribute, TLSStream
+from outcome import Value
 
 from ._origin import RECEIVE_SIZE
 from ._peer import ConnectionLost
 from ._takeover import trio_class
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
     from typing import TypeAlias
 
     import trio
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 
     Attributes: TypeAlias = Mapping[Any, Callable[[], Any]]
     TrioTLS: TypeAlias = "trio.SSLStream[trio.SocketStream]"
+
+
+T = TypeVar("T")
+
+# Of a session of Trio's that reads what has arrived: one for each read, of one record or
+# more, and most of them end it.
+MOST_CHECKPOINTS = 64
 
 
 class Engine(Protocol):
@@ -46,6 +54,9 @@ class Engine(Protocol):
         """Do it, if it has not been done yet."""
 
     async def receive(self, max_bytes: int) -> bytes: ...
+
+    # Received from a transport that waits for nothing, for run_at_once().
+    async def first_byte(self) -> bytes: ...
 
     async def encrypt(self, item: memoryview) -> None:
         """Give the transport what *item* becomes on the wire. Not to be cancelled."""
@@ -152,6 +163,9 @@ class AnyIOEngine:
     async def receive(self, max_bytes: int) -> bytes:
         return await self.stream.receive(max_bytes)
 
+    async def first_byte(self) -> bytes:
+        return await self.receive(1)
+
     async def encrypt(self, item: memoryview) -> None:
         await self.stream.send(cast("bytes", item))
 
@@ -213,6 +227,12 @@ class TrioEngine:
             raise EndOfStream
         return bytes(data)
 
+    async def first_byte(self) -> bytes:
+        data = b""
+        with CancelScope(shield=True):  # it looks whether it is cancelled
+            data = await self.receive(1)
+        return data  # noqa: RET504 - to Mypy the scope may swallow an exception
+
     async def encrypt(self, item: memoryview) -> None:
         with CancelScope(shield=True):  # its lock has a checkpoint
             await self.stream.send_all(item)
@@ -241,6 +261,24 @@ class WrappingTLSStream(TLSStream):
     def __init__(self, transport_stream: Transport, **rest: Any) -> None:
         super().__init__(transport_stream, **rest)
         transport_stream.tls = self
+
+
+def run_at_once(coroutine: Coroutine[Any, Any, T]) -> T | None:
+    """The result of *coroutine*, which waits for nothing; None if it does not end.
+
+    AnyIO's session has no checkpoint then. Those of Trio's, for the locks that it takes,
+    are passed with what Trio's event loop answers there.
+    """
+    try:
+        coroutine.send(None)
+        for _ in range(MOST_CHECKPOINTS):
+            coroutine.send(Value(None))
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        coroutine.close()
+    return None
 
 
 def engine_of(stream: object) -> tuple[Engine, object] | None:
