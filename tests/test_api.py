@@ -45,6 +45,7 @@ anyio_rst.CloseKind.DETACHED = 'DETACHED'
 anyio_rst.Connection: anyio.abc.SocketStream
 anyio_rst.Connection.ending
 anyio_rst.Connection.idle(timeout=None)
+anyio_rst.Connection.is_stale()
 anyio_rst.Connection.aclose()
 anyio_rst.Connection.abort()
 anyio_rst.Connection.detach()

@@ -42,7 +42,7 @@ TOO_MUCH = bytes(8 * 2**20)
 
 async def test_connection_does_not_need_its_context_manager() -> None:
     with plain_server() as listener:
-        conn = await connect_tcp(*listener.getsockname()).__aenter__()
+        conn = await connect_tcp(*listener.getsockname())
         with accepted(listener) as peer:
             gc.collect()
             got = await while_waiting(conn.receive(), peer.sock.sendall, b"x")

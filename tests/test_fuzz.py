@@ -743,6 +743,7 @@ ALIKE = {
     "metrics.py",
     "metrics_opentelemetry.py",
     "own_trio_listener.py",
+    "pool.py",
     "tls_server.py",
     "workers.py",
     *(f"tutorial/{name}.py" for name in ("add", "ask", "echo", "timeouts", "total")),

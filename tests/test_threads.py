@@ -17,7 +17,9 @@ pytestmark = pytest.mark.anyio
 REFUSED = r"thread of its event loop: call it there, with anyio\.from_thread"
 
 
-@pytest.mark.parametrize("call", [Connection.abort, Connection.detach])
+@pytest.mark.parametrize(
+    "call", [Connection.abort, Connection.detach, Connection.is_stale]
+)
 async def test_call_in_another_thread_is_refused_and_changes_nothing(
     kind: str, call: Callable[[Connection], object]
 ) -> None:

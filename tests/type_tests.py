@@ -100,6 +100,7 @@ async def use_connection(conn: Connection) -> int:
     assert_type(idle.ended, bool)
     assert_type(idle.stopping, bool)
     assert_type(idle.timed_out, bool)
+    assert_type(conn.is_stale(), bool)
     async with conn as same:
         assert_type(same, Connection)
     return 1
@@ -197,6 +198,7 @@ def use_running_server(server: Server) -> None:
 
 
 async def use_client(context: ssl.SSLContext) -> bytes:
+    assert_type(await connect_tcp("localhost", 8000), Connection)
     async with connect_tcp("localhost", 8000) as conn:
         assert_type(conn, Connection)
     async with connect_tcp(

@@ -17,9 +17,9 @@ from ._tls import check_tls
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Awaitable, Callable, Generator
     from ipaddress import IPv4Address, IPv6Address
+    from typing import Any
 
     from anyio.abc import SocketStream
 
@@ -42,13 +42,20 @@ def connect_tcp(
     finish_on: FinishOn = (),
     drain: Drain | None = CLIENTS_DRAIN,
     keepalive: float | None = None,
-) -> AbstractAsyncContextManager[Connection, None]:
+) -> Connecting:
     """Connect over TCP, and end the connection the way the body ends.
 
     ::
 
         async with connect_tcp("example.org", 80) as conn:
             await conn.send(request)
+
+    Or, for what is no block, a pool or an object with a start and a stop::
+
+        conn = await connect_tcp("example.org", 80)
+
+    Then it ends with :meth:`Connection.aclose` or :meth:`Connection.abort`. Forgotten, it
+    is reset when it is collected.
 
     Args:
       host, port, local_host, local_port, happy_eyeballs_delay: those of
@@ -101,12 +108,10 @@ def connect_tcp(
         hostname=hostname,
         standard_compatible=tls_standard_compatible,
     )
-    return _Connecting(
-        connect, finish_on, drain, keepalive, start_tls if secure else None
-    )
+    return Connecting(connect, finish_on, drain, keepalive, start_tls if secure else None)
 
 
-class _Connecting(ConnectionScope):
+class Connecting(ConnectionScope):
     """Connects at entry, and is the scope of the connection from then on."""
 
     __slots__ = ("_connect", "_drain", "_finish_on", "_keepalive", "_start_tls")
@@ -125,6 +130,9 @@ class _Connecting(ConnectionScope):
         self._drain = drain
         self._keepalive = keepalive
         self._start_tls = start_tls
+
+    def __await__(self) -> Generator[Any, Any, Connection]:
+        return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Connection:
         reason = _sockets.why_not_resettable()
