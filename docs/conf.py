@@ -81,9 +81,7 @@ MODULES = {
 }
 # Aliases, which the descriptions of the parameters spell out, and what is awaited or
 # entered where it is made.
-nitpick_ignore = [
-    ("py:class", name) for name in ("TCPStream", "FinishOn", "Connecting")
-]
+nitpick_ignore = [("py:class", name) for name in ("TCPStream", "FinishOn", "Connecting")]
 
 
 def analyze(package: str) -> None:

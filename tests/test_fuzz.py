@@ -744,6 +744,7 @@ ALIKE = {
     "metrics_opentelemetry.py",
     "own_trio_listener.py",
     "pool.py",
+    "start_stop.py",
     "tls_server.py",
     "workers.py",
     *(f"tutorial/{name}.py" for name in ("add", "ask", "echo", "timeouts", "total")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import termios
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -21,10 +22,12 @@ from anyio.lowlevel import checkpoint
 from anyio_rst import (
     Cause,
     CloseKind,
+    Connection,
     PeerClose,
     PeerReset,
     connect_tcp,
     connection_scope,
+    lowlevel,
 )
 
 import line_protocol
@@ -39,9 +42,11 @@ from serving import (
     ending_with,
     has_transport,
     plain_server,
+    queued,
     serve,
     settled,
 )
+from start_stop import Client
 
 pytestmark = pytest.mark.anyio
 
@@ -272,55 +277,88 @@ async def test_closing_lets_a_request_have_its_answer_and_refuses_others() -> No
             assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
 
 
+# What a failure says of the request.
+
+
+async def unacknowledged(
+    act: Callable[[Connection, Peer], Awaitable[None]],
+) -> int | None:
+    """What the `Ending` has of a request of 7 bytes, which fails after *act*."""
+    with plain_server() as listener, suppress(ZeroDivisionError, PeerReset):
+        async with connect_tcp(*listener.getsockname()) as conn:
+            with accepted(listener) as peer:
+                # Acknowledged with the answer or a little later, as between programs that
+                # have answered each other before: tcp(7).
+                peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+                peer.sock.sendall(b"+OK ready\r\n")
+                await conn.receive()
+                await conn.send(b"request")
+                await act(conn, peer)
+                await conn.receive()
+    assert conn.ending is not None
+    assert conn.ending.sent == 7
+    return conn.ending.unacknowledged
+
+
+async def test_request_that_was_read_may_be_unacknowledged() -> None:
+    async def read_and_reset(conn: Connection, peer: Peer) -> None:
+        assert await peer.receive(7) == b"request"
+        peer.reset()
+
+    # On a machine that is busy an acknowledgement may be in time.
+    found = [await unacknowledged(read_and_reset) for _ in range(20)]
+    assert 7 in found
+    assert set(found) <= {0, 7}
+
+
+async def test_request_that_was_never_read_is_acknowledged() -> None:
+    async def fail(conn: Connection, peer: Peer) -> None:
+        with anyio.fail_after(LONG):
+            while lowlevel.unacknowledged(conn):
+                await anyio.sleep(0.001)
+        assert queued(peer.sock.fileno(), termios.FIONREAD) == 7
+        raise ZeroDivisionError
+
+    assert await unacknowledged(fail) == 0
+
+
 # A connection that no block owns.
 
 
-class Client:
-    """As docs/pools.md has it."""
-
-    async def start(self, port: int) -> None:
-        self.conn = await connect_tcp("127.0.0.1", port, drain=None)
-        async with connection_scope(self.conn) as scope:
-            await scope.send(b"hello")
-            assert await scope.receive() == b"welcome"
-            scope.detach()
-
-    async def stop(self) -> None:
-        await self.conn.aclose()
-
-
-async def answer_hello(listener: socket.socket, answer: bytes) -> Peer:
-    peer = await anyio.to_thread.run_sync(accepted, listener)
-    assert await peer.receive(5) == b"hello"
-    peer.sock.sendall(answer)
-    return peer
-
-
-@pytest.mark.parametrize("failing", ["start", "stop", "neither"])
+@pytest.mark.parametrize("failing", ["start", "stop", "given up", "neither"])
 async def test_object_with_start_and_stop_ends_as_they_do(failing: str) -> None:
     client = Client()
     with plain_server() as listener:
         async with anyio.create_task_group() as tg:
-            starting = Asked(tg, partial(client.start, listener.getsockname()[1]))
-            answer = b"go away" if failing == "start" else b"welcome"
-            with await answer_hello(listener, answer) as peer:
+            address = listener.getsockname()
+            starting = Asked(tg, partial(client.start, *address))
+            with await anyio.to_thread.run_sync(accepted, listener) as peer:
+                greeting = b"-ERR full" if failing == "start" else b"+OK ready"
+                peer.sock.sendall(greeting)
                 if failing == "start":
-                    with pytest.raises(AssertionError):
+                    with pytest.raises(ConnectionRefusedError):
                         await starting.result()
                     cause = Cause.RAISED
                 else:
                     await starting.result()
-                    assert not client.conn.is_stale()
+                    assert not client._conn.is_stale()
+                if failing == "stop":
                     with anyio.CancelScope() as scope:
-                        if failing == "stop":
-                            scope.cancel()
+                        scope.cancel()
                         await client.stop()
-                    cause = Cause.CANCELLED if failing == "stop" else Cause.CLOSED
+                    cause = Cause.CANCELLED
+                elif failing == "given up":
+                    client.give_up()
+                    cause = Cause.ABORTED
+                elif failing == "neither":
+                    peer.send_eof()
+                    await client.stop()
+                    cause = Cause.CLOSED
                 fin = failing == "neither"
                 seen = Seen(b"", PeerClose.FIN if fin else PeerClose.RST)
                 assert await peer.read_to_end() == seen
-    ending_with(CloseKind.FIN if fin else CloseKind.RST, client.conn, cause)
-    await client.stop()  # a second one does nothing
+    await client.stop()  # after the end it does nothing
+    ending_with(CloseKind.FIN if fin else CloseKind.RST, client._conn, cause)
 
 
 async def test_connection_that_was_awaited_ends_with_a_block_as_well() -> None:
@@ -377,6 +415,25 @@ async def test_scope_of_a_request_decides_whether_the_connection_goes_on(
                 connection_scope(conn)
             close = PeerClose.FIN if how == "returns" else PeerClose.RST
             assert await peer.read_to_end() == Seen(b"?", close)
+
+
+async def test_request_in_a_group_of_its_connection_is_stopped_and_not_reset() -> None:
+    with plain_server() as listener:
+        conn = await connect_tcp(*listener.getsockname(), drain=None)
+        with accepted(listener) as peer:
+
+            async def request() -> None:
+                async with connection_scope(conn) as request:
+                    await request.send(b"?")
+                    await request.receive()
+
+            async with conn.create_task_group() as tg:
+                tg.start_soon(request)
+                await settled()
+                tg.cancel_scope.cancel()
+            assert not conn.is_stale()
+            await conn.aclose()
+            assert await peer.read_to_end() == Seen(b"?", PeerClose.FIN)
 
 
 # Forgotten.
@@ -436,14 +493,15 @@ async def test_forgotten_connection_is_reset_and_never_finished(
                     await both.handshake()
                 assert await both.receive(1) == b"?"
                 await both.send(b"!")
-        with peer:
-            kept = [await connecting.result()]
-            if in_a_cycle:
-                kept.append(kept)
-            del kept, connecting
-            await settled()
-            if in_a_cycle or has_cycles():
-                assert await peer.read_to_end(timeout=0.2) == Seen(b"", PeerClose.NONE)
-                gc.collect()
+            with peer:
+                kept = [await connecting.result()]
+                if in_a_cycle:
+                    kept.append(kept)
+                del kept, connecting
                 await settled()
-            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+                if in_a_cycle or has_cycles():
+                    quiet = await peer.read_to_end(timeout=0.2)
+                    assert quiet == Seen(b"", PeerClose.NONE)
+                    gc.collect()
+                    await settled()
+                assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
