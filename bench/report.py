@@ -29,6 +29,7 @@ PAIRS = (
     ("`serve_tcp` and AnyIO's own listener", "anyio_rst", "anyio"),
     ("A scope around AnyIO's stream, and the plain stream", "scope", "anyio"),
     ("A scope, and what it does written by hand", "scope", "by_hand"),
+    ("asyncio's streams, and the same with a scope", "asyncio_streams", "asyncio_scoped"),
 )
 
 

@@ -162,7 +162,16 @@ async def main(serve: Callable[[str], Awaitable[asyncio.Server]], workload: str)
 
 
 def run(contender: str, loop: str, workload: str) -> None:
-    serve = serve_streams if contender == "asyncio_streams" else serve_protocol
+    start(
+        serve_streams if contender == "asyncio_streams" else serve_protocol,
+        loop,
+        workload,
+    )
+
+
+def start(
+    serve: Callable[[str], Awaitable[asyncio.Server]], loop: str, workload: str
+) -> None:
     if loop == "uvloop":
         import uvloop
 
