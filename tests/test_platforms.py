@@ -1,9 +1,13 @@
-"""What other platforms do, as far as that can be had on this one."""
+"""What other kernels do, as far as that can be had on this one: `nox -s sandbox`."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -14,13 +18,16 @@ from anyio_rst import (
     Cause,
     CloseKind,
     Connection,
+    Ending,
     PeerClose,
     _sockets,
+    asyncio_streams,
     connect_tcp,
     connection_scope,
+    serve_tcp,
 )
 
-from serving import Seen, foreign_pair, serve
+from serving import DISSOLVES, LONG, Peer, Seen, foreign_pair, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -31,9 +38,23 @@ class Failure(Exception):
 
 @pytest.fixture
 def no_dissolving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As everywhere but on Linux: only closing the armed socket resets."""
-    monkeypatch.setattr(_sockets, "_dissolve", lambda sock: None)
-    monkeypatch.setattr(_sockets, "RESETS_UNDER_A_TRANSPORT", False)
+    """A kernel that says no: only closing the armed socket resets."""
+    monkeypatch.setattr(_sockets, "_connect", lambda *arguments: -1)
+
+
+@pytest.fixture
+def no_inheriting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepted sockets as a kernel gives them that passes on nothing."""
+
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            sock, address = super().accept()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+            return sock, address
+
+    monkeypatch.setattr(socket, "socket", Listener)
 
 
 @pytest.mark.usefixtures("no_dissolving")
@@ -79,20 +100,179 @@ async def test_windows_default_loop_is_refused(monkeypatch: pytest.MonkeyPatch) 
             listener.accept()
 
 
-async def test_accepted_sockets_that_inherit_nothing_are_armed_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(_sockets, "ACCEPTED_SOCKETS_INHERIT", False)
-    armed: list[tuple[bytes, int]] = []
+def options_of(sock: socket.socket) -> tuple[bytes, bool, bool]:
+    """SO_LINGER, TCP_NODELAY and SO_KEEPALIVE."""
+    return (
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8),
+        bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)),
+        bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)),
+    )
+
+
+async def prepared(keepalive: float | None) -> None:
+    """Each of several connections, one after the other, and then several at once."""
+    found: list[tuple[bytes, bool, bool]] = []
 
     async def handler(conn: Connection) -> None:
-        sock = conn.extra(anyio.abc.SocketAttribute.raw_socket)
-        linger = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
-        nodelay = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        armed.append((linger, nodelay))
+        found.append(options_of(conn.extra(anyio.abc.SocketAttribute.raw_socket)))
+        await conn.send(b"!")
+        await conn.receive()
+
+    async with (
+        serve_on_loopback(handler, keepalive=keepalive) as port,
+        AsyncExitStack() as s,
+    ):
+        for _ in range(3):
+            peer = s.enter_context(Peer(port))
+            assert await peer.receive(1) == b"!"
+        peers = [s.enter_context(Peer(port)) for _ in range(3)]
+        for peer in peers:
+            assert await peer.receive(1) == b"!"
+    assert found == [(_sockets._LINGER_RESET, True, keepalive is not None)] * 6
+
+
+@asynccontextmanager
+async def serve_on_loopback(handler: Any, keepalive: float | None) -> AsyncIterator[int]:
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(
+            partial(serve_tcp, handler, host="127.0.0.1", keepalive=keepalive)
+        )
+        yield server.port
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("keepalive", [None, 30.0])
+async def test_every_accepted_socket_is_prepared(
+    anyio_backend: Any, keepalive: float | None
+) -> None:
+    await prepared(keepalive)
+
+
+@pytest.mark.usefixtures("no_inheriting")
+@pytest.mark.parametrize("keepalive", [None, 30.0])
+async def test_every_accepted_socket_is_prepared_where_nothing_is_inherited(
+    anyio_backend: Any, keepalive: float | None
+) -> None:
+    await prepared(keepalive)
+
+
+@pytest.mark.skipif(not DISSOLVES, reason="this kernel passes on nothing")
+async def test_kernel_is_asked_once_whether_it_passes_options_on(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    prepared_by_themselves: list[socket.socket] = []
+    has_inherited = _sockets.has_inherited
+    prepare_accepted = _sockets.prepare_accepted
+
+    def ask(accepted: socket.socket, listener: socket.socket) -> bool:
+        asked.append(has_inherited(accepted, listener))
+        return asked[-1]
+
+    def prepare(sock: socket.socket, keepalive: float | None = None) -> None:
+        prepared_by_themselves.append(sock)
+        prepare_accepted(sock, keepalive)
+
+    monkeypatch.setattr(_sockets, "has_inherited", ask)
+    monkeypatch.setattr(_sockets, "prepare_accepted", prepare)
+    await prepared(None)
+    assert asked == [True]
+    # The listening socket, and the one that may have connected before that was.
+    assert len(prepared_by_themselves) == 2
+
+
+# Where nothing is dissolved, the close resets: in the call that resets.
+
+
+def reads_a_reset_at_once(peer: Peer) -> bool:
+    """Without a turn of the event loop."""
+    peer.sock.settimeout(LONG)
+    with pytest.raises(ConnectionResetError):
+        while peer.sock.recv(65536):
+            pass
+    return True
+
+
+@pytest.mark.usefixtures("no_dissolving")
+@pytest.mark.parametrize("asked_for_socket", [False, True])
+async def test_close_resets_in_the_same_call(kind: str, asked_for_socket: bool) -> None:
+    seen: list[bool] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.receive()
+        if asked_for_socket:
+            conn.extra(anyio.abc.SocketAttribute.raw_socket)
+        conn.abort()
+        seen.append(reads_a_reset_at_once(peer))
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            await peer.send(b"?")
+            ending = await service.ending()
+    assert seen == [True]
+    assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.ABORTED)
+
+
+@pytest.mark.usefixtures("no_dissolving")
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_close_of_asyncios_streams_resets_in_the_same_call(
+    anyio_backend: Any,
+) -> None:
+    peer = None
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"half")
+        writer.transport.abort()
+        assert peer is not None
+        seen.append(reads_a_reset_at_once(peer))
+
+    seen: list[bool] = []
+    endings: list[Ending] = []
+    handler = asyncio_streams.scoped(talk, on_ending=endings.append)
+    server = await asyncio.start_server(handler, "127.0.0.1", 0)
+    async with server:
+        with Peer(server.sockets[0].getsockname()[1]) as peer:
+            await peer.send(b"?")
+            with anyio.fail_after(LONG):
+                while not seen:
+                    await anyio.sleep(0)
+    assert endings[0].kind is CloseKind.RST
+
+
+@pytest.mark.usefixtures("no_dissolving")
+async def test_copy_of_the_descriptor_holds_the_reset_up(kind: str) -> None:
+    copies: list[socket.socket] = []
+
+    async def handler(conn: Connection) -> None:
+        await conn.send(b"half")
+        copies.append(conn.extra(anyio.abc.SocketAttribute.raw_socket).dup())
         raise Failure
 
-    async with serve("native", handler) as service:
+    async with serve(kind, handler) as service:
         with service.connect() as peer:
+            assert await peer.receive(4) == b"half"
+            ending = await service.ending()
+            assert ending.kind is CloseKind.RST
+            assert await peer.read_to_end(timeout=0.1) == Seen(b"", PeerClose.NONE)
+            copies.pop().close()
             assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-    assert armed == [(_sockets._LINGER_RESET, 1)]
+
+
+@pytest.mark.usefixtures("no_dissolving")
+@pytest.mark.parametrize("anyio_backend", ASYNCIO, indirect=True)
+async def test_transport_that_has_something_to_send_resets_as_well(
+    anyio_backend: Any,
+) -> None:
+    """A turn later on uvloop, which goes on waiting to send until then."""
+    stream, peer = await foreign_pair()
+    with peer:
+        with anyio.move_on_after(0.05):
+            await stream.send(bytes(2**25))
+        with pytest.raises(Failure):
+            async with connection_scope(stream) as conn:
+                raise Failure
+        await anyio.sleep(0.01)
+        assert (await peer.read_to_end()).close is PeerClose.RST
+    assert conn.ending is not None
+    assert conn.ending.kind is CloseKind.RST

@@ -27,7 +27,7 @@ import trustme
 from anyio_rst import PeerClose
 
 from dying import BACKLOG, ENDLESS_ANSWER, HALF, HANDSHAKES, LONG_ANSWER, REQUEST, WHOLE
-from serving import LONG, Peer, Seen, arrived, queued
+from serving import DISSOLVES, LONG, Peer, Seen, arrived, queued
 
 # A way to die, and the exit status that shows that it was this one. Of these nothing
 # knows but the kernel ...
@@ -81,6 +81,9 @@ PHASES = {
     # ... and there is no FIN before the close_notify.
     "TLS close without room": ("finishing", "half, RST"),
 }
+
+if not DISSOLVES:  # gVisor has no RST for what comes after the close
+    PHASES["drain, answer under way, input after the death"] = ("finishing", "whole, FIN")
 
 # A drain that is cut short reads what has arrived.
 READ_WHEN_CUT_SHORT = {

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._forking import own
+from ._origin import forgets_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,6 +49,8 @@ class Between(asyncio.Protocol):
         self.has_ended = False  # the input
         self.is_closing = False  # by us
         self.is_reset = False
+        self.is_at_rest = False  # as of an Origin: known at the close
+        self._forgets = forgets_at_once()
         self.lost = asyncio.Event()
         self._loss: BaseException | None = None
         self._decider = decider
@@ -133,6 +136,9 @@ class Between(asyncio.Protocol):
 
     def close(self) -> None:
         """Let go of the socket. What is not sent by now is dropped."""
+        # Below a TLS session it is not known what is left to send.
+        has_sent_all = not (self.transport.get_extra_info("ssl_object") or self.waiting())
+        self.is_at_rest = self._forgets or has_sent_all
         self.is_closing = True
         with suppress(RuntimeError):  # the event loop is closed
             self.transport.abort()

@@ -75,22 +75,9 @@ def _close_in_child() -> None:
             elif (number := one.fileno()) != -1:
                 numbers.append(number)
         if numbers:
-            _replace(numbers)
+            _sockets.vacate(numbers)
     finally:
         lock.release()
-
-
-def _replace(numbers: list[int]) -> None:
-    """Close descriptors whose owners will close them again, by their numbers.
-
-    So the numbers stay in use, by a file that no epoll instance takes: epoll_ctl(2).
-    """
-    nothing = os.open(os.devnull, os.O_RDWR)
-    try:
-        for number in numbers:
-            os.dup2(nothing, number, inheritable=False)
-    finally:
-        os.close(nothing)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

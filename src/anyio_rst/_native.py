@@ -124,8 +124,10 @@ class NativeStream(SocketIO):
         if not self._is_measured:  # before the reset, which empties the queue
             self.fin_has_left = self.fin_is_out() and _tcp_info.fin_has_left(self._sock)
             self._measure(_tcp_info.queued(self._sock))
-        _sockets.reset(self._sock)
+        is_reset = _sockets.reset(self._sock)
         self._close()
+        if not is_reset:
+            self._close_the_last()
 
     def both_finished(self) -> bool:
         """Whether it has ended by both FINs, and no reset can be sent any more."""
@@ -321,6 +323,18 @@ class NativeStream(SocketIO):
         if self._origin is not None:
             self._origin.close()
         self._sock.close()
+
+    def _close_the_last(self) -> None:
+        """Close at once what an event loop would close a turn later.
+
+        With the last descriptor the RST goes out.
+        """
+        last = [] if self._copy is None else [self._copy.fileno()]
+        if self._origin is not None and self._origin.is_at_rest:
+            last.append(self._origin.fileno())
+        with suppress(OSError):  # for want of a descriptor: then a turn later
+            if open_ones := [number for number in last if number != -1]:
+                _sockets.vacate(open_ones)
 
     def _close_copy(self) -> None:
         if self._copy is not None and self._copy.fileno() != -1:

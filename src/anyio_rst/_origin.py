@@ -5,6 +5,7 @@ On asyncio and uvloop its transport may have read ahead, and may have something 
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -67,8 +68,11 @@ class Origin:
         *,
         transport_socket: _sockets.SocketLike | None = None,
         knows_more: bool = False,
+        is_at_rest: bool = True,
     ) -> None:
         self.shares_socket: bool = transport_socket is None
+        self.is_at_rest: bool = is_at_rest
+        """Whether nothing is registered for its descriptor once it has been closed."""
         self._stream = stream
         self._transport_socket = transport_socket
         self._knows_more = knows_more
@@ -96,6 +100,16 @@ class Origin:
         _forking.disown(self)
         stream: SocketStream = self._stream
         return stream
+
+
+def forgets_at_once() -> bool:
+    """Whether a transport that is aborted takes back at once what it has registered.
+
+    asyncio's do. Those of uvloop go on waiting to send, until they close a turn later,
+    and libuv ends the process if a descriptor is no socket any more then
+    (uv__epoll_ctl_prep() in its unix/linux.c).
+    """
+    return isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop)
 
 
 class _Ahead(NamedTuple):

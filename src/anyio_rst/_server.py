@@ -98,14 +98,16 @@ class Server:
         self._accepted = 0
         self._endings: Counter[tuple[CloseKind, Cause]] = Counter()
         self._accepting = CancelScope()
-        # Listening sockets that arm what they accept. Who connected before they did so
-        # is armed by itself, until the backlog has been empty.
+        # Listening sockets that should arm what they accept. Who connected before they
+        # did so is armed by itself, until the backlog has been empty. The next one after
+        # that shows if the kernel does it at all.
         self._arming = {
             sock
             for sock in sockets
             if _sockets.prepare_listener(sock, keepalive, is_own=are_own)
         }
         self._emptied: set[socket.socket] = set()
+        self._passing_on: set[socket.socket] = set()
         # How many of those that connected before it was stopped are still to be accepted.
         self._waiting: dict[socket.socket, int] = {}
         # Where room or descriptors are short, the listening sockets take turns, and one
@@ -238,7 +240,7 @@ class Server:
         self, most: int, listener: socket.socket, tasks: HandlersIn
     ) -> bool:
         """Accept until the backlog is empty; return whether it is."""
-        inherits = listener in self._emptied
+        inherits = listener in self._passing_on
         listener.setblocking(False)  # another process that has it may have undone that
         for _ in range(most):
             try:
@@ -249,6 +251,7 @@ class Server:
                         self._waiting[listener] -= 1
             except BlockingIOError:
                 if listener in self._arming:
+                    self._arming.discard(listener)
                     self._emptied.add(listener)
                 return True
             except OSError as exc:
@@ -264,6 +267,11 @@ class Server:
                 if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
                     continue
                 raise
+            if listener in self._emptied:
+                self._emptied.discard(listener)
+                inherits = _sockets.has_inherited(sock, listener)
+                if inherits:
+                    self._passing_on.add(listener)
             if not inherits:
                 _sockets.prepare_accepted(sock, self._keepalive)
             self._start(sock, _sockets.host_and_port(address), tasks)

@@ -6,6 +6,7 @@ With `_tcp_info`, this is the one place that knows on which platform it runs.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import math
 import os
@@ -13,10 +14,12 @@ import select
 import socket
 import struct
 import sys
-from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # The connection is gone because the peer reset it. Linux says ECONNRESET, once; after
 # that, and for a reset that follows the peer's FIN, it says EPIPE (tcp_reset() in
@@ -71,10 +74,6 @@ ERRQUEUE: int = getattr(socket, "MSG_ERRQUEUE", 0)
 # Look at what has arrived, and leave it there: recv(2).
 PEEK = socket.MSG_PEEK
 
-# Whether accepted sockets have the listening socket's SO_LINGER and TCP_NODELAY.
-# Measured on Linux; elsewhere each accepted socket is armed by itself.
-ACCEPTED_SOCKETS_INHERIT = sys.platform == "linux"
-
 # Whether processes may share a port, each with a socket of its own. Not on Windows.
 CAN_REUSE_PORT = hasattr(socket, "SO_REUSEPORT")
 
@@ -82,6 +81,15 @@ CAN_REUSE_PORT = hasattr(socket, "SO_REUSEPORT")
 _LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 _LINGER_RESET = _LINGER.pack(1, 0)
 _LINGER_OFF = _LINGER.pack(0, 0)
+
+# By which keep_alive() sets how often the peer is asked, and when it is given up.
+_KEEPALIVE_OPTIONS = (
+    "TCP_KEEPALIVE",  # as macOS calls the next one
+    "TCP_KEEPIDLE",
+    "TCP_KEEPINTVL",
+    "TCP_KEEPCNT",
+    "TCP_USER_TIMEOUT",
+)
 
 
 class SocketLike(Protocol):
@@ -127,13 +135,36 @@ def prepare_listener(
     one that armed nothing, an armed listening socket would make a reset of every close.
 
     Returns:
-      Whether what it accepts is armed, from the next connection to it on.
+      Whether what it accepts should have that, from the next connection to it on; if the
+      kernel does so, :func:`has_inherited` tells.
     """
     sock.setblocking(False)
-    if is_own and ACCEPTED_SOCKETS_INHERIT:
+    if is_own:
         prepare_accepted(sock, keepalive)
-        return True
-    return False
+    return is_own
+
+
+def has_inherited(accepted: socket.socket, listener: socket.socket) -> bool:
+    """Whether *accepted* has what :func:`prepare_listener` has set on *listener*.
+
+    Nothing promises it. Linux does so, as the older BSDs (Stevens, UNIX Network
+    Programming, volume 1, 7.4); gVisor does not.
+    """
+    options = [
+        (socket.SOL_SOCKET, socket.SO_LINGER),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    ]
+    options += [
+        (socket.IPPROTO_TCP, getattr(socket, name))
+        for name in _KEEPALIVE_OPTIONS
+        if hasattr(socket, name)
+    ]
+    size = _LINGER.size
+    return all(
+        accepted.getsockopt(*option, size) == listener.getsockopt(*option, size)
+        for option in options
+    )
 
 
 def prepare_accepted(sock: socket.socket, keepalive: float | None = None) -> None:
@@ -232,40 +263,72 @@ def pending_error(sock: socket.socket) -> OSError | None:
     return OSError(code, os.strerror(code)) if code else None
 
 
-def reset(sock: socket.socket) -> None:
-    """Send the RST. The descriptor stays with its owner, who closes it afterwards.
+def reset(sock: socket.socket) -> bool:
+    """Send the RST, or let the close send it, which is the owner's and comes next.
 
-    On Linux the RST goes out in this call, even while another process holds a copy of
-    the descriptor or an asyncio transport sits on it. Elsewhere it goes out when the
-    last copy is closed. A connection that is gone already is left alone.
+    Where the kernel can dissolve a connection (Linux), the RST goes out in this call,
+    even while another process holds a copy of the descriptor or an asyncio transport sits
+    on it. Elsewhere it goes out when the last copy is closed. A connection that is gone
+    already is left alone.
+
+    Returns:
+      Whether nothing is left for the close to do.
     """
-    with suppress(OSError):
-        if not _dissolve(sock):
-            arm(sock)
+    try:
+        if _dissolve(sock.fileno()):
+            return True
+        arm(sock)
+    except OSError:
+        return True
+    return False
 
 
-if sys.platform == "linux":
-    import ctypes
-
-    _connect = ctypes.CDLL(None).connect
+try:
+    _connect: Any = ctypes.CDLL(None).connect
     _connect.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    # struct sockaddr {sa_family = AF_UNSPEC}; the socket module cannot spell it.
-    _UNSPECIFIED = struct.pack("H14x", socket.AF_UNSPEC)
+except (OSError, TypeError, AttributeError):  # Windows has none to be found like that
+    _connect = None
 
-    def _dissolve(sock: socket.socket) -> bool:
-        # connect(2): "TCP sockets may dissolve the association by connecting to an
-        # address with the sa_family member set to AF_UNSPEC". It resets the connection.
-        failed: int = _connect(sock.fileno(), _UNSPECIFIED, len(_UNSPECIFIED))
-        return not failed
+# struct sockaddr {sa_family = AF_UNSPEC}; the socket module cannot spell it.
+_UNSPECIFIED = struct.pack("H14x", socket.AF_UNSPEC)
 
-    RESETS_UNDER_A_TRANSPORT = True
-else:
 
-    def _dissolve(sock: socket.socket) -> bool:
-        """Only Linux documents it; the linger option resets on close."""
+def _dissolve(descriptor: int) -> bool:
+    """End the connection with an RST, if there is one, and the kernel can.
+
+    connect(2): "TCP sockets may dissolve the association by connecting to an address
+    with the sa_family member set to AF_UNSPEC". Linux does so; to gVisor it is
+    EAFNOSUPPORT, to the BSDs and macOS EISCONN.
+    """
+    if _connect is None:
         return False
+    failed: int = _connect(descriptor, _UNSPECIFIED, len(_UNSPECIFIED))
+    return not failed
 
-    RESETS_UNDER_A_TRANSPORT = False
+
+def can_dissolve() -> bool:
+    """Whether this kernel can end a connection like that: asked of a socket with none.
+
+    Raises:
+      OSError: EMFILE or ENFILE, there are no descriptors left.
+    """
+    with socket.socket() as unconnected:
+        return _dissolve(unconnected.fileno())
+
+
+def vacate(descriptors: Iterable[int]) -> None:
+    """Close what *descriptors* refer to, whose owners will close them again.
+
+    So the numbers stay in use, by a file that no epoll instance takes: epoll_ctl(2).
+    Nothing may be registered for them in an event loop that goes on.
+    """
+    if os.name == "posix":  # where a socket is a file
+        nothing = os.open(os.devnull, os.O_RDWR)
+        try:
+            for descriptor in descriptors:
+                os.dup2(nothing, descriptor, inheritable=False)
+        finally:
+            os.close(nothing)
 
 
 def keep_alive(sock: socket.socket, seconds: float) -> None:
@@ -278,13 +341,8 @@ def keep_alive(sock: socket.socket, seconds: float) -> None:
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     third = max(1, round(seconds / 3))
-    for name, value in (
-        ("TCP_KEEPALIVE", third),  # as macOS calls the next one
-        ("TCP_KEEPIDLE", third),
-        ("TCP_KEEPINTVL", third),
-        ("TCP_KEEPCNT", 2),
-        ("TCP_USER_TIMEOUT", math.ceil(seconds * 1000)),
-    ):
+    values = (third, third, third, 2, math.ceil(seconds * 1000))
+    for name, value in zip(_KEEPALIVE_OPTIONS, values, strict=True):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -295,10 +353,9 @@ def why_not_resettable() -> str | None:
     Where a connection cannot be dissolved under an asyncio transport, the RST depends
     on how the transport is closed.
     """
-    proactor = getattr(asyncio, "ProactorEventLoop", None)
+    proactor = getattr(asyncio, "ProactorEventLoop", None)  # on Windows, which cannot
     if (
-        RESETS_UNDER_A_TRANSPORT
-        or proactor is None
+        proactor is None
         or anyio.get_cancelled_exc_class() is not asyncio.CancelledError
         or not isinstance(asyncio.get_running_loop(), proactor)
     ):

@@ -20,7 +20,14 @@ from anyio.streams.buffered import BufferedByteReceiveStream, BufferedByteStream
 
 from . import _forking, _sockets
 from ._native import NativeStream
-from ._origin import Origin, Unblocked, is_resting, look_at_sending, read_ahead
+from ._origin import (
+    Origin,
+    Unblocked,
+    forgets_at_once,
+    is_resting,
+    look_at_sending,
+    read_ahead,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -229,6 +236,7 @@ def _from_asyncio(
                 stream,
                 transport_socket=transport_socket,
                 knows_more=ahead.has_ended or sending.torn,
+                is_at_rest=not sending.torn or forgets_at_once(),
             ),
             ahead=ahead.data,
             torn=sending.torn,
