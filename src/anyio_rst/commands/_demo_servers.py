@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,11 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 LOOPBACK = "127.0.0.1"
+
+# Clients that are there before the one that is looked at: what a kernel does with the
+# first connection of a server need not be what it does with the others.
+VISITORS = 2
+VISIT = b"?"
 
 
 async def serve_plainly(handler: Handler, *, task_status: TaskStatus[int]) -> None:
@@ -77,7 +82,8 @@ def serve(loop: str, side: str, way: str) -> None:
     async def handler(stream: SocketStream) -> None:
         # With no request to wait for, an RST could be there before the connect() of
         # the client has returned, and make that fail.
-        await stream.receive()
+        while await stream.receive() == VISIT:
+            await stream.send(VISIT)
         await way_out(stream)
 
     backend, options = LOOPS[loop]
@@ -88,10 +94,21 @@ def serve(loop: str, side: str, way: str) -> None:
 
 async def serve_until_sigterm(side: str, handler: Handler) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with anyio.create_task_group() as tg:
-            say(str(await tg.start(SIDES[side], handler)))
+        async with AsyncExitStack() as visits, anyio.create_task_group() as tg:
+            port = await tg.start(SIDES[side], handler)
+            for _ in range(VISITORS):
+                await visit(port, visits)
+            say(str(port))
             await anext(signals)
             tg.cancel_scope.cancel()
+
+
+async def visit(port: int, visits: AsyncExitStack) -> None:
+    """Be one more client, and stay until the end of *visits*."""
+    stream = await anyio.connect_tcp(LOOPBACK, port)
+    await visits.enter_async_context(stream)
+    await stream.send(VISIT)
+    await stream.receive()
 
 
 def answer_the_demo() -> None:
