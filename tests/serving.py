@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 import termios
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -334,6 +335,20 @@ DISSOLVES = _sockets.can_dissolve()
 
 # Seconds, for what cannot be seen to happen without TIOCOUTQ.
 BLIND = 0.1
+
+
+def told(count: int) -> int | None:
+    """What `Ending.unacknowledged` is if the kernel has *count* bytes in its queue."""
+    return count if TELLS_OF_QUEUES else None
+
+
+def block_until_arrived(sock: socket.socket) -> None:
+    """The event loop stands still until all that *sock* has sent is acknowledged."""
+    if not TELLS_OF_QUEUES:
+        time.sleep(BLIND)
+        return
+    while queued(sock.fileno(), termios.TIOCOUTQ):
+        pass
 
 
 async def arrived(peer: Peer) -> None:

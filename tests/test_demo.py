@@ -29,6 +29,8 @@ from anyio_rst.commands._demo_processes import NotMeasured, Process, running
 from anyio_rst.commands._demo_servers import OURS, PLAIN, running_server
 from anyio_rst.commands._probe_report import WIDTH
 
+from serving import DISSOLVES
+
 # Only a demo that hangs takes so long.
 LONG = 120
 
@@ -60,7 +62,7 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
         timeout=LONG,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, bool(done.stderr)) == (0, not DISSOLVES)
     lines = done.stdout.splitlines()
     assert lines[0].split("  ")[0] == loop
 
@@ -72,7 +74,8 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
     for way in ways:
         size, _, plain_verdict, seen, verdict = rows[way.name]
         assert size == f"{len(way.answer):,}"
-        assert plain_verdict in ("true", "LIE")
+        # In gVisor nobody tells a client that its upload is in vain.
+        assert plain_verdict in (("true", "LIE") if DISSOLVES else ("true", "LIE", "?"))
         assert verdict == "true"
         if way.finishes:
             assert seen == f"{size}, FIN"
@@ -82,7 +85,7 @@ def test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth(loop: str) ->
             assert re.search(", exit [1-9]", seen)
 
     plain_truths = sum(cells[2] == "true" for cells in rows.values())
-    assert lines[-2:] == [
+    assert [lines[-2].partition(", ")[0], lines[-1]] == [
         f"plain AnyIO told the truth in {plain_truths} of {len(rows)} rows",
         f"anyio_rst told the truth in {len(rows)} of {len(rows)} rows",
     ]

@@ -24,6 +24,7 @@ from anyio_rst import (
     asyncio_streams,
     connect_tcp,
     connection_scope,
+    lowlevel,
     serve_tcp,
 )
 
@@ -276,3 +277,18 @@ async def test_transport_that_has_something_to_send_resets_as_well(
         assert (await peer.read_to_end()).close is PeerClose.RST
     assert conn.ending is not None
     assert conn.ending.kind is CloseKind.RST
+
+
+@pytest.mark.usefixtures("no_dissolving")
+def test_lowlevel_resets_what_is_shut_down_before_it_is_closed() -> None:
+    """As socketserver does with a socket that blocks; twice is as good as once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with Peer(listener.getsockname()[1]) as peer:
+            sock, _ = listener.accept()
+            with sock:
+                sock.sendall(b"half")
+                lowlevel.reset(sock)
+                lowlevel.reset(sock)
+                with pytest.raises(OSError, match="Socket operation on non-socket"):
+                    sock.shutdown(socket.SHUT_WR)
+            assert anyio.run(peer.read_to_end) == Seen(b"half", PeerClose.RST)

@@ -23,7 +23,6 @@ from anyio_rst import (
 
 from serving import (
     LONG,
-    TELLS_OF_QUEUES,
     Handler,
     Peer,
     Seen,
@@ -31,6 +30,7 @@ from serving import (
     error_of,
     serve,
     timeout_once_settled,
+    told,
     value_of,
 )
 
@@ -555,7 +555,7 @@ async def test_half_close_then_return_finishes(kind: str) -> None:
             ending = await service.ending()
     assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
     assert ending.peer is PeerClose.FIN
-    assert ending.unacknowledged == (0 if TELLS_OF_QUEUES else None)
+    assert ending.unacknowledged == told(0)
 
 
 async def test_half_close_then_failure_says_that_the_fin_went_first(kind: str) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger("anyio_rst")
 # Turns of the loop in which a transport that has something to send, and room for it,
 # does send it: uvloop collects for one, and a TLS session has a transport below it.
 TURNS_TO_SEND = 3
+TURNS_TO_SEND_UNSEEN = 10
 
 
 class Course:
@@ -182,15 +183,18 @@ class Course:
     async def _until_sent(self) -> None:
         """Until the transport below the TLS session, which shows nothing, has sent all.
 
-        That is so if it had room, and has given the kernel nothing in a few turns.
+        That is so if it had room in each of a few turns, and gave the kernel nothing in
+        them. Where the kernel cannot tell that, the first has to do, in more of them.
         """
         sock = self._native._sock
         while True:
             before = _tcp_info.given(sock)
             await wait_for_room(sock)
-            for _ in range(TURNS_TO_SEND):
+            had_room = True
+            for _ in range(TURNS_TO_SEND if before else TURNS_TO_SEND_UNSEEN):
                 await asyncio.sleep(0)
-            if before == _tcp_info.given(sock) and _sockets.is_writable(sock):
+                had_room = had_room and _sockets.is_writable(sock)
+            if had_room and before == _tcp_info.given(sock):
                 return
 
     async def _while_taken(

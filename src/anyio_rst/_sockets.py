@@ -199,7 +199,10 @@ def never_block(sock: socket.socket) -> None:
 
 def is_listening(sock: SocketLike) -> bool:
     """Whether connections can be accepted from it."""
-    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    try:
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:  # ENOTSOCK: vacated
+        return False
 
 
 def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:

@@ -131,17 +131,17 @@ if sys.platform == "linux":
         return _queue_size(sock, TIOCOUTQ)
 
     def given(sock: socket.socket) -> int | None:
-        """Bytes that the kernel has been given to send; None if it can't tell.
+        """Bytes that the kernel has been given to send; None if none, or it can't tell.
 
         tcpi_bytes_sent, without tcpi_bytes_retrans, and tcpi_notsent_bytes of
-        linux/tcp.h, from Linux 4.19 on. gVisor leaves them at 0.
+        linux/tcp.h, from Linux 4.19 on. gVisor leaves all at 0.
         """
         try:
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
             waiting, sent, again = struct.unpack("144xI52xQQ", info)
         except (OSError, struct.error):
             return None
-        return int(waiting + sent - again)
+        return int(waiting + sent - again) or None
 
     def fin_has_left(sock: socket.socket) -> bool:
         """Whether the FIN that was queued has been sent: nothing is in the queue unsent.

@@ -45,8 +45,8 @@ def arm(sock: object) -> None:
     """Let whatever closes the socket send an RST, the end of the process included.
 
     SO_LINGER {1, 0} (socket(7); RFC 9293, 3.10.5). What a listening socket accepts after
-    that is armed on Linux. A transport of asyncio's sends a FIN before it closes, and is
-    to be ended by :func:`reset`.
+    that is armed on Linux, and not in gVisor. A transport of asyncio's sends a FIN before
+    it closes, and is to be ended by :func:`reset`.
     """
     for owned in _sockets_of(sock):
         _sockets.arm(owned)
@@ -62,8 +62,10 @@ def reset(sock: object) -> None:
     """Send the RST. The socket, or what it is in, is to be closed as ever after that.
 
     On Linux it goes out in this call, also under a transport, and while other processes
-    have the socket (connect(2), AF_UNSPEC). Elsewhere the socket is armed, and the RST
-    goes out with the close: see :func:`arm`. What has ended already is left alone.
+    have the socket (connect(2), AF_UNSPEC). Where the kernel cannot do that (gVisor), it
+    goes out with the last close: that of a :class:`socket.socket` that blocks is made
+    here, and whatever else has the connection is armed, see :func:`arm`. What has ended
+    already is left alone.
 
     Raises:
       ValueError: it is a listening socket.
@@ -72,7 +74,11 @@ def reset(sock: object) -> None:
         if owned.fileno() == -1:
             return
     (owned,) = _sockets_of(sock, connected=True)
-    _sockets.reset(owned)
+    is_sent = _sockets.reset(owned)
+    if not is_sent and isinstance(sock, socket.socket) and sock.gettimeout() != 0:
+        # As in socketserver, which shuts down first, and so would send a FIN. What blocks
+        # is in no event loop.
+        _sockets.vacate([sock.fileno()])
 
 
 def finish(sock: object) -> None:
@@ -120,7 +126,8 @@ def set_keepalive(sock: object, seconds: float) -> None:
 
     Then calls fail with ETIMEDOUT, whether the connection was idle or something on it was
     not acknowledged (SO_KEEPALIVE of socket(7), TCP_USER_TIMEOUT of tcp(7); RFC 5482,
-    RFC 9293, 3.8.4). What a listening socket accepts after that has it on Linux.
+    RFC 9293, 3.8.4). What a listening socket accepts after that has it on Linux, and not
+    in gVisor.
     """
     check_keepalive(seconds)
     for owned in _sockets_of(sock):
