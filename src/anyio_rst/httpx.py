@@ -88,7 +88,7 @@ class AsyncHTTPTransport(httpx.AsyncBaseTransport):
     ) -> None:
         if uds is not None:
             raise TypeError("uds is refused: a UNIX socket has no RST")
-        self._http2 = http2
+        self._only_http2 = http2 and not http1
         options: dict[str, Any] = {
             "ssl_context": httpx.create_ssl_context(
                 verify=verify, cert=cert, trust_env=trust_env
@@ -138,9 +138,8 @@ class AsyncHTTPTransport(httpx.AsyncBaseTransport):
             with _errors_of_httpx(), exchange.under_way():
                 response = await self._pool.handle_async_request(core_request)
         except BaseException:
-            if not self._http2:
-                # A connection of HTTP/1.1 is of no use then, and httpcore forgets to
-                # close one that was lost on the way through a proxy.
+            if not self._only_http2:
+                # httpcore forgets one whose way through a proxy has failed.
                 exchange.reset()
             raise
         tunnel = request.method == "CONNECT" and 200 <= response.status < 300
@@ -194,8 +193,11 @@ class _Exchange:
         self.finish()
 
     def reset(self) -> None:
+        """Reset what is of no use to others: an HTTP/1.1 connection after a failure."""
         for stream in self._streams:
-            stream.connection.abort()
+            tls = stream.get_extra_info("ssl_object")
+            if tls is None or tls.selected_alpn_protocol() != "h2":
+                stream.connection.abort()
 
 
 _exchange: ContextVar[_Exchange | None] = ContextVar("_exchange", default=None)
