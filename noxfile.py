@@ -17,7 +17,14 @@ nox.options.default_venv_backend = "venv"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 # The oldest that the dependencies of pyproject.toml admit.
-OLDEST = ["anyio==4.16.0", "outcome==1.2.0", "trio==0.32.0", "pytest==8.3.5"]
+OLDEST = [
+    "anyio==4.16.0",
+    "outcome==1.2.0",
+    "trio==0.32.0",
+    "httpx==0.25.1",
+    "httpcore==1.0.3",
+    "pytest==8.3.5",
+]
 
 
 def group(name: str) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ def fuzz(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation: docs/_build/html."""
-    session.install(".[trio]", *group("docs"))
+    session.install(".[trio,httpx]", *group("docs"))
     # `nox -s docs -- linkcheck` asks the network whether the links to others are good.
     for name in session.posargs or ["html"]:
         session.run("sphinx-build", "-nW", "-b", name, "docs", f"docs/_build/{name}")
@@ -146,7 +153,7 @@ def package(session: nox.Session) -> None:
 
         # The README to the letter: its programs, its demo, on all loops.
         session.run(
-            pip, "install", "-q", f"{wheel}[trio,uvloop]", "pytest", external=True
+            pip, "install", "-q", f"{wheel}[trio,uvloop,httpx]", "pytest", external=True
         )
         session.chdir(source)
         session.run(pytest, "tests/test_readme.py", "tests/test_api.py", external=True)

@@ -63,6 +63,7 @@ PAGES = {
     "trio": "https://trio.readthedocs.io/en/stable/reference-io.html",
     "trio.Nursery": "https://trio.readthedocs.io/en/stable/reference-core.html",
     "asyncio": "https://docs.python.org/3/library/asyncio-stream.html",
+    "httpx": "https://www.python-httpx.org/api/",
     "builtins": "https://docs.python.org/3/library/exceptions.html",
     "contextlib": "https://docs.python.org/3/library/contextlib.html",
     "ipaddress": "https://docs.python.org/3/library/ipaddress.html",

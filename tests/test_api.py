@@ -23,7 +23,7 @@ import pytest
 
 import anyio_rst
 import pytest_anyio_rst
-from anyio_rst import asyncio_streams, lowlevel, testing, trio_streams
+from anyio_rst import asyncio_streams, httpx, lowlevel, testing, trio_streams
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,6 +154,12 @@ anyio_rst.asyncio_streams.connection_scope(reader, writer, *, finish_on=(),
     on_ending=None)
 anyio_rst.asyncio_streams.scoped(handler, *, finish_on=(), drain=Drain(timeout=5.0,
     max_bytes=None, total=None), keepalive=None, on_ending=None)
+anyio_rst.httpx.AsyncHTTPTransport(verify=True, cert=None, trust_env=True, http1=True,
+    http2=False, limits=Limits(max_connections=100, max_keepalive_connections=20,
+    keepalive_expiry=5.0), proxy=None, uds=None, local_address=None, retries=0,
+    socket_options=None): httpx.AsyncBaseTransport
+anyio_rst.httpx.AsyncHTTPTransport.handle_async_request(request)
+anyio_rst.httpx.AsyncHTTPTransport.aclose()
 anyio_rst.trio_streams.SocketOptions: builtins.object
 anyio_rst.trio_streams.SocketOptions.socket
 anyio_rst.trio_streams.SocketOptions.setsockopt(level, option, value, length=None)
@@ -191,7 +197,7 @@ MADE_HERE = (
 
 # What is in a package of its own, and what is in one file.
 PACKAGES = [anyio_rst, testing]
-MODULES = [*PACKAGES, lowlevel, asyncio_streams, trio_streams]
+MODULES = [*PACKAGES, lowlevel, asyncio_streams, httpx, trio_streams]
 
 
 def called(function: Any) -> str:
@@ -284,7 +290,8 @@ def test_nothing_else_looks_public(module: ModuleType) -> None:
         if not found.name.startswith("_")
     }
     # Of the commands, what they take and print is an interface, and no name.
-    known = {"asyncio_streams", "commands", "lowlevel", "testing", "trio_streams"}
+    adapters = {"asyncio_streams", "httpx", "lowlevel", "trio_streams"}
+    known = adapters | {"commands", "testing"}
     assert submodules == (known if module is anyio_rst else set())
     assert public_names(module) - submodules - {"annotations"} == set(public)
 

@@ -22,9 +22,10 @@ import pytest
 
 from anyio_rst import Cause, CloseKind, Connection, PeerClose
 from anyio_rst.httpx import _HTTPX_ERRORS, AsyncHTTPTransport
+from anyio_rst.testing import TCPFlag
 
 from securing import CLEAN, TLSPeer, client_context, server_context
-from serving import LONG, Peer, Seen
+from serving import LONG, Peer, Seen, capturing
 
 pytestmark = [
     pytest.mark.anyio,
@@ -238,12 +239,22 @@ async def test_connection_that_is_not_kept_ends_with_fin(limits: httpx.Limits) -
 async def test_what_comes_unasked_does_not_make_a_reset_of_the_fin() -> None:
     async def talkative(peer: Peer) -> None:
         await head(peer)
-        await peer.send(WHOLE + b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+        await peer.send(WHOLE)
+        await read.wait()
+        await peer.send(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+        said.set()
+        await closed.wait()
 
+    read, said, closed = anyio.Event(), anyio.Event(), anyio.Event()
     async with site(talkative) as server:
-        async with client() as http:
-            await http.get(server.url)
+        with capturing(server.port) as capture:
+            async with client() as http:
+                await http.get(server.url)
+                read.set()
+                await said.wait()
+        closed.set()
         assert await server.end() == FIN
+    assert not capture.having(TCPFlag.RST)
 
 
 # An exchange that was given up, or failed.
@@ -543,8 +554,8 @@ async def test_handshake_that_takes_too_long_resets() -> None:
 
     async with site(silent) as server, client() as http:
         with pytest.raises(httpx.ConnectTimeout):
-            timeout = httpx.Timeout(LONG, connect=SHORT)
-            await http.get(server.secure_url, timeout=timeout)
+            timeout = httpx.Timeout(LONG, connect=0.3)  # the TCP connection is made
+            await http.get(f"https://127.0.0.1:{server.port}/", timeout=timeout)
         assert (await server.end()).close is PeerClose.RST
 
 
@@ -706,8 +717,12 @@ async def cancel(http: httpx.AsyncClient, url: str) -> None:
 
 
 async def cancel_unanswered(http: httpx.AsyncClient, url: str) -> None:
-    with anyio.move_on_after(SHORT):
-        await http.get(f"{url}silence")
+    async def trace(name: str, info: object) -> None:
+        if name == "http2.receive_response_headers.started":
+            scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        await http.get(f"{url}silence", extensions={"trace": trace})
 
 
 @pytest.mark.parametrize("tls", [None, "h2"])
