@@ -190,6 +190,16 @@ async def test_last_exchange_of_a_connection_ends_it_with_fin() -> None:
     assert ended(connection_of(response)) == FINISHED
 
 
+async def test_cancellation_behind_the_last_byte_comes_too_late() -> None:
+    async with site(say(LAST)) as server, client() as http:
+        with anyio.CancelScope() as scope:
+            async with http.stream("GET", server.url) as response:
+                async for _ in response.aiter_raw():
+                    scope.cancel()
+        assert await server.end() == FIN
+    assert ended(connection_of(response)) == FINISHED
+
+
 async def test_response_that_the_connection_delimits() -> None:
     async def old_server(peer: Peer) -> None:
         await head(peer)
