@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import ssl
 import subprocess
@@ -402,6 +403,18 @@ async def test_client_that_is_closed_resets_what_is_under_way() -> None:
                 await response.aread()
         assert await server.end() == RST
     assert ended(connection_of(response)) == RESET
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+async def test_what_is_forgotten_is_reset() -> None:
+    async def forget() -> None:
+        http = client()
+        await http.send(http.build_request("GET", server.url), stream=True)
+
+    async with site(say(HALF)) as server:
+        await forget()
+        gc.collect()
+        assert await server.end() == RST
 
 
 async def test_process_that_dies_resets_its_idle_connections(anyio_backend: Any) -> None:

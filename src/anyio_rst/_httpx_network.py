@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import anyio
 import httpcore
@@ -49,7 +50,9 @@ class Exchange:
     """
 
     def __init__(self) -> None:
-        self._streams: set[NetworkStream] = set()
+        # What the event loop calls back has the context, and in it the exchange: that
+        # must not keep a connection which everybody else has forgotten.
+        self._streams: WeakSet[NetworkStream] = WeakSet()
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
