@@ -15,7 +15,6 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-from . import _sockets
 from ._connect import connect_tcp
 from ._ending import left_by
 from ._limits import Drain
@@ -198,7 +197,7 @@ class NetworkStream(httpcore.AsyncNetworkStream):
         if info == "connection":
             return self.connection
         if info == "is_readable":
-            return self.sock.fileno() == -1 or _sockets.is_readable(self.sock)
+            return self.connection.is_stale()
         if info in _ATTRIBUTES:
             return self._stream.extra(_ATTRIBUTES[info], None)
         return None

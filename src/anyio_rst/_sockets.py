@@ -237,15 +237,6 @@ def is_writable(sock: socket.socket) -> bool:
     return bool(select.select([], [sock], [], 0)[1])  # Windows: any number of sockets
 
 
-def is_readable(sock: socket.socket) -> bool:
-    """Whether a receive would return input, its end or an error, without waiting."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])  # Windows: any number of sockets
-
-
 def duplicate(sock: SocketLike) -> socket.socket:
     """A second descriptor for the connection of *sock*.
 
