@@ -33,8 +33,8 @@ def group(name: str) -> tuple[str, ...]:
 
 def run_tests(session: nox.Session, *pins: str, **env: str) -> None:
     session.install("-e", ".", *group("test"), *pins)
-    # Much of it is waiting for processes to start.
-    workers = ["-n", "auto", "--maxprocesses", "4"]
+    # Much of it is waiting, for processes to start above all.
+    workers = ["-n", "4"]
     session.run("pytest", *workers, *session.posargs, env=env)
 
 

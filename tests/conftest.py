@@ -31,6 +31,23 @@ WRAPPINGS = ["served", "start_tls", "wrapped", "buffered", "trio"]
 
 BACKEND = ["anyio_backend"]
 
+# What differs from one Python to the next, and the modules of tests that would show it.
+# They have the marker `every_python`.
+DIFFERENCES = {
+    "ssl": ["tls", "tls_endings", "tls_handshakes", "tls_sessions", "start_tls"],
+    "tasks": ["cancellation", "task_group", "task_cancel", "stop", "waiting", "threads"],
+    "frames and signals": ["failures", "interruptions", "forking", "process_death"],
+    "asyncio's transports": ["asyncio_streams", "takeover", "wrappers", "stale"],
+    "imports and types": ["api", "commands"],
+}
+EVERY_PYTHON = {f"test_{name}" for names in DIFFERENCES.values() for name in names}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in EVERY_PYTHON:
+            item.add_marker("every_python")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "anyio_backend" not in metafunc.fixturenames:
