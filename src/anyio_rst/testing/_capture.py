@@ -131,11 +131,7 @@ def capture_segments(port: int) -> Iterator[Capture]:
       CaptureUnavailable: the process may not, or the platform cannot.
     """
     with open_packet_socket() as sock:
-        program = _filter(port)
-        code = ctypes.create_string_buffer(program)
-        count = len(program) // INSTRUCTION.size
-        pointer = struct.pack("HP", count, ctypes.addressof(code))
-        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
+        attach_filter(sock, _filter(port))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         with suppress(OSError):  # beyond net.core.rmem_max only with CAP_NET_ADMIN
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
@@ -166,6 +162,15 @@ def open_packet_socket() -> socket.socket:
         raise CaptureUnavailable(f"no packet socket is to be had: {exc}") from exc
     sock.setblocking(False)
     return sock
+
+
+def attach_filter(sock: socket.socket, program: bytes) -> None:
+    """Let *sock* have what *program*, made of :data:`INSTRUCTION`, keeps."""
+    code = ctypes.create_string_buffer(program)
+    count = len(program) // INSTRUCTION.size
+    # struct sock_fprog (linux/filter.h)
+    pointer = struct.pack("HP", count, ctypes.addressof(code))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
 
 
 def _parsed(packet: bytes, port: int) -> Segment:
