@@ -25,7 +25,15 @@ from soak import link
 from soak.wire import PEER_ADDRESS as PEERS_ADDRESS
 from soak.wire import SERVER_ADDRESS as OUR_ADDRESS
 
-__all__ = ["OUR_ADDRESS", "PEERS_ADDRESS", "Cable", "cable", "link", "on_machine"]
+__all__ = [
+    "OUR_ADDRESS",
+    "PEERS_ADDRESS",
+    "Cable",
+    "cable",
+    "carry",
+    "link",
+    "on_machine",
+]
 
 T = TypeVar("T")
 
@@ -36,6 +44,10 @@ def on_machine(namespace: int, function: Callable[..., T], *args: Any) -> T:
     """Call it in a thread of that network namespace."""
     with ThreadPoolExecutor(1, initializer=link.enter, initargs=(namespace,)) as thread:
         return thread.submit(function, *args).result()
+
+
+def carry(packet: bytes, sender: int, receiver: int) -> None:
+    os.write(receiver, packet)
 
 
 class Cable:
@@ -50,6 +62,8 @@ class Cable:
             machines.peer_tun: machines.server_tun,
         }
         self._is_cut = threading.Event()
+        # What becomes of a packet: the TUN devices of its sender and its receiver follow.
+        self.carry: Callable[[bytes, int, int], object] = carry
         self._stop, self._stopped = os.pipe()
         self._thread = threading.Thread(target=self._carry)
         self._thread.start()
@@ -69,10 +83,13 @@ class Cable:
                 with suppress(BlockingIOError):
                     packet = os.read(tun, 2 * link.MTU)
                     if not self._is_cut.is_set():
-                        os.write(self._ends[tun], packet)
+                        self.carry(packet, tun, self._ends[tun])
 
     def cut(self) -> None:
         self._is_cut.set()
+
+    def mend(self) -> None:
+        self._is_cut.clear()
 
     def connect(self, port: int) -> Peer:
         """A peer, over there, that connects to us."""
