@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,19 +13,22 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from anyio_rst import __main__
 from anyio_rst.commands._interruption import Interrupted, interruption
-from anyio_rst.commands._probe_report import WIDTH
+from anyio_rst.commands._output import WIDTH
 
 from serving import LONG
 
 PROGRAM = [sys.executable, "-m", "anyio_rst"]
 
-HELP = [["--help"], ["demo", "--help"], ["probe", "--help"]]
+COMMANDS = ["demo", "probe"]
+
+HELP = [["--help"], *([command, "--help"] for command in COMMANDS)]
 
 FULL = Path("/dev/full")
 
@@ -77,7 +83,9 @@ def answered(argv: list[str]) -> Iterator[list[str]]:
         answering.join(LONG)
 
 
-each_output = pytest.mark.parametrize("argv", [*HELP, ["demo"], ["probe"]], ids=" ".join)
+each_output = pytest.mark.parametrize(
+    "argv", [*HELP, ["--version"], ["demo"], ["probe"]], ids=" ".join
+)
 
 
 @each_output
@@ -98,7 +106,8 @@ def test_output_that_cannot_be_written_is_status_74(
         pytest.skip("no /dev/full")
     with answered(argv) as command:
         done = run(command, redirections, buffered=buffered)
-    name = "anyio-rst" if "--help" in argv else f"anyio-rst {argv[0]}"
+    named = argv[0] in COMMANDS and "--help" not in argv
+    name = f"anyio-rst {argv[0]}" if named else "anyio-rst"
     line = f"{name}: cannot write the output: {reason}\n" if reason else ""
     assert done == (74, "", line)
 
@@ -135,6 +144,34 @@ def test_help_fits_a_terminal(argv: list[str]) -> None:
     status, out, err = run(argv, "")
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("argv", HELP, ids=" ".join)
+def test_help_has_an_example_that_can_be_typed(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        __main__.main(argv)
+    assert exited.value.code == 0
+    (line,) = re.findall(r"^    .*anyio-rst (.*)$", capsys.readouterr().out, re.MULTILINE)
+    example = __main__.parse(shlex.split(line))
+    assert example.command == (argv[0] if len(argv) > 1 else "probe")
+
+
+def test_version() -> None:
+    assert run(["--version"], "") == (0, f"anyio-rst {version('anyio_rst')}\n", "")
+
+
+def test_nothing_is_coloured_but_on_a_terminal() -> None:
+    """From Python 3.14 on, argparse looks at one of the outputs only."""
+    ours, theirs = pty.openpty()
+    try:
+        status, _, err = run(["dance"], "", theirs)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert status == 2
+    assert "\x1b" not in err
 
 
 # Signals.

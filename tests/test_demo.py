@@ -27,7 +27,7 @@ from anyio_rst.commands._demo_cases import BUFFER, HTTP_WAYS, WAYS, Way, cut_the
 from anyio_rst.commands._demo_clients import Seen, is_true, see_by_curl, see_by_socket
 from anyio_rst.commands._demo_processes import NotMeasured, Process, running
 from anyio_rst.commands._demo_servers import OURS, PLAIN, running_server
-from anyio_rst.commands._probe_report import WIDTH
+from anyio_rst.commands._output import WIDTH
 
 from serving import DISSOLVES
 
@@ -175,7 +175,10 @@ def test_all_is_every_loop_that_is_installed(
         "asyncio",
         "trio",
     ]
-    assert "uvloop is not installed, and left out" in lines
+    left_out = (
+        "uvloop is left out: uvloop is not installed; pip install 'anyio_rst[uvloop]'"
+    )
+    assert left_out in lines
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "trio"])
@@ -184,7 +187,8 @@ def test_loop_that_is_not_installed_is_an_error(
 ) -> None:
     monkeypatch.setitem(sys.modules, loop, None)
     assert __main__.main(["demo", "--loop", loop]) == 2
-    assert capsys.readouterr() == ("", f"anyio-rst demo: {loop} is not installed\n")
+    line = f"{loop} is not installed; pip install 'anyio_rst[{loop}]'"
+    assert capsys.readouterr() == ("", f"anyio-rst demo: {line}\n")
 
 
 @pytest.mark.parametrize("argv", [["demo", "--loop", "gevent"], ["dance"], []])

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -30,12 +31,18 @@ import anyio
 import anyio.to_thread
 import pytest
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import PROFILE
 from test_readme import GREETING, connect, running
 
 from anyio_rst import __main__
 from anyio_rst.commands import _probe_connect
 from anyio_rst.commands import probe as command
-from anyio_rst.commands._probe_report import WIDTH, End, Report, shown
+from anyio_rst.commands._arguments import host_name
+from anyio_rst.commands._output import WIDTH
+from anyio_rst.commands._probe_report import End, Report, shown
+from anyio_rst.commands._probe_waiting import waits_for
 
 from serving import LONG
 
@@ -989,6 +996,97 @@ def test_sigterm_kills_and_resets() -> None:
                 sees_reset(sock)
             assert process.communicate(timeout=LONG) == (b"", b"")
     assert process.returncode == -signal.SIGTERM
+
+
+# As it is typed, and what to type instead.
+TYPED = [
+    (["http://example.org/"], "example.org 80"),
+    (["https://example.org"], "example.org 443 --tls"),
+    (["https://me:pw@example.org:8443/a?b", "443"], "example.org 8443 --tls"),
+    (["HTTP://[2001:db8::1]:8080/"], "[2001:db8::1] 8080"),
+    (["redis://cache/0", "6379"], "cache PORT"),
+    (["redis://cache:6379/0"], "cache 6379"),
+    (["example.org:80"], "example.org 80"),
+    (["example.org:"], "example.org PORT"),
+    (["[::1]:443", "443"], "[::1] 443"),
+]
+
+
+@pytest.mark.parametrize(("argv", "instead"), TYPED, ids=str)
+def test_what_to_type_instead(
+    argv: list[str], instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        __main__.main(["probe", *argv])
+    assert exited.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].endswith(f": type {instead}")
+    if "PORT" not in instead:
+        typed = __main__.parse(["probe", *instead.split()])
+        assert typed.tls is instead.endswith("--tls")
+
+
+@settings(PROFILE)
+@given(st.text() | st.text(alphabet=":/[]@.?#ah80%-"))
+def test_fuzzed_host_is_one_or_the_message_says_what_to_type(text: str) -> None:
+    try:
+        host = host_name(text)
+    except ArgumentTypeError as exc:
+        typed = re.search(r": type (\S+) \d+( --tls)?$", str(exc))
+        if typed:
+            host_name(typed[1])
+    else:
+        assert host
+        assert host.strip("[]") == text.strip("[]")
+
+
+def test_terminal_is_told_what_is_waited_for() -> None:
+    def behave(sock: socket.socket) -> None:
+        sock.sendall(b"half")
+        while b" waiting for the end" not in shown:
+            shown.extend(os.read(ours, 4096))
+        sock.sendall(b"and more")
+
+    shown = bytearray()
+    ours, theirs = pty.openpty()
+    try:
+        with serving(behave) as port:
+            with subprocess.Popen(
+                [*PROBE, "127.0.0.1", str(port)],
+                stdout=subprocess.PIPE,
+                stderr=theirs,
+                text=True,
+                env={**os.environ, "TERM": "xterm"},
+            ) as process:
+                os.close(theirs)
+                out, _ = process.communicate(timeout=LONG)
+        with suppress(OSError):  # it is over
+            while True:
+                shown.extend(os.read(ours, 4096))
+    finally:
+        os.close(ours)
+    erase, *lines = shown.decode().split("\r\x1b[K")
+    assert erase == lines[-1] == ""
+    assert lines[0] == "1 s: 0 bytes sent, 4 received, waiting for the end"
+    assert "\x1b" not in out
+    assert out.splitlines()[2].startswith("received       12 bytes")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({}, "waiting for a connection to example.org:443"),
+        ({"address": "192.0.2.1", "tls": True}, "waiting for TLS with example.org:443"),
+        (
+            {"address": "192.0.2.1", "sent_bytes": 1000, "received_bytes": 0},
+            "1,000 bytes sent, 0 received, waiting for the end",
+        ),
+    ],
+)
+def test_what_is_waited_for(values: dict[str, Any], line: str) -> None:
+    report = Report("example.org", 443, False, 10.0)
+    assert waits_for(dataclasses.replace(report, **values)) == line
 
 
 NO_SECONDS = "must be a number of seconds above 0, and a day at most"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .commands import demo, probe
 from .commands._interruption import Interrupted, interruption
-from .commands._output import NOT_READ, Parser, Unwritable, complain
+from .commands._output import NOT_READ, Parser, Unwritable, Version, complain
 
 if TYPE_CHECKING:
     import argparse
@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog=PROGRAM, description="TCP connections that end truthfully.")
+    parser = Parser(
+        prog=PROGRAM,
+        description="TCP connections that end truthfully.",
+        epilog="Example:\n\n    anyio-rst probe example.org 443 --tls",
+    )
+    parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo_parser = commands.add_parser(
         "demo",

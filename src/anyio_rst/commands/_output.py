@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shutil
 import sys
-from typing import IO, TYPE_CHECKING, NoReturn, TextIO
+import textwrap
+from importlib.metadata import version
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
+
+# Columns of the narrowest terminal to be expected.
+WIDTH = 80
 
 # The exit status of a command line that cannot be run, as argparse has it.
 USAGE = 2
@@ -70,9 +76,42 @@ def discard(stream: TextIO) -> None:
 class Parser(argparse.ArgumentParser):
     """One that does not take for printed what was not."""
 
+    def __init__(self, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, **options)
+        # Python 3.14 colours what goes to a file, if the other output is a terminal.
+        self.color = False
+
+    def format_help(self) -> str:
+        self.description = paragraphs(self.description)
+        self.epilog = paragraphs(self.epilog)
+        return super().format_help()
+
     def print_help(self, file: SupportsWrite[str] | IO[str] | None = None) -> None:
         put(self.format_help().rstrip("\n"))
 
     def error(self, message: str) -> NoReturn:
         complain(f"{self.format_usage()}{self.prog}: error: {message}")
         sys.exit(USAGE)
+
+
+def paragraphs(text: str | None) -> str | None:
+    """Let *text* fit the terminal, apart from lines that are indented: examples."""
+    if text is None:
+        return None
+    width = shutil.get_terminal_size().columns - 2  # as argparse has it
+    return "\n\n".join(
+        part if part.startswith("    ") else textwrap.fill(" ".join(part.split()), width)
+        for part in text.strip("\n").split("\n\n")
+    )
+
+
+class Version(argparse.Action):
+    """`--version`, printed as the help is."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, help="show the version, and exit", **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        put(f"{parser.prog} {version('anyio_rst')}")
+        parser.exit()

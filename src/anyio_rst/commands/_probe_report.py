@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import BrokenResourceError
 
+from ._output import WIDTH
+
 if TYPE_CHECKING:
     from anyio_rst._peer import PeerClose
-
-
-# Columns of the narrowest terminal to be expected.
-WIDTH = 80
 
 
 class End(enum.Enum):

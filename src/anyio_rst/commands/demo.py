@@ -120,12 +120,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="event loop of the servers (default: %(default)s)",
     )
 
-    parser.epilog = (
-        f"Exit status: 0 anyio_rst told the truth, {LIED} it lied, {USAGE} wrong usage "
-        f"or a loop that is not installed, {UNKNOWN} something could not be measured, "
-        f"{NOT_WRITTEN} the table could not be written, {NOT_READ} nobody read it, 130 "
-        "Ctrl-C, 143 SIGTERM."
-    )
+    parser.epilog = f"""\
+Example:
+
+    anyio-rst demo --loop all
+
+Exit status: 0 anyio_rst told the truth, {LIED} it lied, {USAGE} wrong usage or a loop
+that is not installed, {UNKNOWN} something could not be measured, {NOT_WRITTEN} the table
+could not be written, {NOT_READ} nobody read it, 130 Ctrl-C, 143 SIGTERM.
+"""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -140,11 +143,16 @@ def run(arguments: argparse.Namespace) -> int:
             if importlib.util.find_spec(loop) is not None:
                 rows += show(loop)
             elif arguments.loop == "all":
-                put(f"{loop} is not installed, and left out")
+                put(f"{loop} is left out: {not_installed(loop)}")
             else:
-                tell(f"{loop} is not installed")
+                tell(not_installed(loop))
                 return USAGE
     return exit_status(rows)
+
+
+def not_installed(loop: str) -> str:
+    # The extras have the names of the loops.
+    return f"{loop} is not installed; pip install 'anyio_rst[{loop}]'"
 
 
 def tell(line: str) -> None:

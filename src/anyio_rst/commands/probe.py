@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-from argparse import ArgumentTypeError
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -23,11 +21,13 @@ from anyio_rst._connection import Connection
 from anyio_rst._limits import Drain
 from anyio_rst._peer import PeerClose
 
+from ._arguments import host_name, port_number, seconds
 from ._interruption import Interrupted, interruption
 from ._output import NOT_READ, NOT_WRITTEN, USAGE, complain, put
 from ._probe_connect import client_context, connect, resolve, secure
 from ._probe_conversation import Conversation, Unreadable
 from ._probe_report import End, Failure, Report, reason_of, rounded, shown
+from ._probe_waiting import waiting
 
 if TYPE_CHECKING:
     import argparse
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 # Seconds that a server has, after its close_notify, to end TCP before it gets ours. If
 # that came while it is closing, the close would reset the connection: our doing.
 QUIET = 0.5
-
-# The longest --timeout, in seconds.
-DAY = 86400.0
 
 
 async def probe(
@@ -114,39 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print one JSON object instead of lines"
     )
     statuses = ", ".join(f"{end.status} {end.name}" for end in End)
-    parser.epilog = (
-        f"Exit status: {statuses}; {USAGE} wrong usage, {NOT_WRITTEN} the output could "
-        f"not be written, {NOT_READ} nobody read it."
-    )
+    parser.epilog = f"""\
+Example:
 
+    printf 'GET / HTTP/1.0\\r\\n\\r\\n' | anyio-rst probe example.org 80 --send -
 
-def host_name(text: str) -> str:
-    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if not host:
-        raise ArgumentTypeError("must not be empty")
-    return host
-
-
-def port_number(text: str) -> int:
-    try:
-        port = int(text)
-    except ValueError:
-        port = 0
-    if not 1 <= port <= 65535:
-        raise ArgumentTypeError(f"must be a number from 1 to 65535, not {text!r}")
-    return port
-
-
-def seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number <= DAY:
-        raise ArgumentTypeError(
-            f"must be a number of seconds above 0, and a day at most, not {text!r}"
-        )
-    return number
+Exit status: {statuses}; {USAGE} wrong usage, {NOT_WRITTEN} the output could not be
+written, {NOT_READ} nobody read it.
+"""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -164,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             source = None
             if arguments.send is not None:
                 source = stack.enter_context(open_source(arguments.send))
+            stack.enter_context(waiting(report))
             addresses = resolve(report)
             with interruption.held():
                 anyio.run(
