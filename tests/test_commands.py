@@ -26,7 +26,7 @@ from serving import LONG
 
 PROGRAM = [sys.executable, "-m", "anyio_rst"]
 
-COMMANDS = ["demo", "probe"]
+COMMANDS = ["demo", "probe", "watch"]
 
 HELP = [["--help"], *([command, "--help"] for command in COMMANDS)]
 

@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from .commands import demo, probe
+from .commands import demo, probe, watch
 from .commands._interruption import Interrupted, interruption
 from .commands._output import NOT_READ, Parser, Unwritable, Version, complain
 
@@ -69,6 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     probe.add_arguments(probe_parser)
     probe_parser.set_defaults(run=probe.run)
+    watch_parser = commands.add_parser(
+        "watch",
+        help="show how the connections of this machine end, and by whom",
+        description=watch.__doc__,
+    )
+    watch.add_arguments(watch_parser)
+    watch_parser.set_defaults(run=watch.run)
     return parser.parse_args(argv)
 
 

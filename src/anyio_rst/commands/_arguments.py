@@ -9,6 +9,9 @@ from argparse import ArgumentTypeError
 # The longest time that can be asked for, in seconds.
 DAY = 86400.0
 
+# IFNAMSIZ of linux/if.h, which counts the null byte at the end.
+LONGEST_INTERFACE = 15
+
 URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*)://(?:[^/?#]*@)?(?P<authority>[^/?#]*)")
 AUTHORITY = re.compile(r"(?P<host>\[[^][]*\]|[^:]*)(?::(?P<port>\d*))?")
 
@@ -60,3 +63,9 @@ def seconds(text: str) -> float:
             f"must be a number of seconds above 0, and a day at most, not {text!r}"
         )
     return number
+
+
+def interface_name(text: str) -> str:
+    if not 0 < len(text.encode(errors="surrogateescape")) <= LONGEST_INTERFACE:
+        raise ArgumentTypeError(f"must have 1 to {LONGEST_INTERFACE} bytes")
+    return text

@@ -78,6 +78,17 @@ class Interruption:
         finally:
             self._wake = None
 
+    @contextmanager
+    def held_unless(self, stuck: Callable[[], bool]) -> Iterator[None]:
+        """As :meth:`held`, but raise at once if it is *stuck*."""
+
+        def wake() -> None:
+            if self._struck is not None and stuck():
+                raise Interrupted(self._struck)
+
+        with self.held(), self.waking(wake):
+            yield
+
     def _strike(self, number: int, _: object) -> None:
         if self._struck is not None or number not in self._caught:
             return
