@@ -40,7 +40,7 @@ from anyio_rst.commands._watch_connection import End
 from anyio_rst.commands._watch_printer import Printer
 from anyio_rst.commands._watch_segments import Unreadable, parse
 from anyio_rst.commands._watch_table import Table
-from anyio_rst.testing import CaptureUnavailable, capture_segments
+from anyio_rst.testing import CaptureUnavailable, _capture, capture_segments
 
 from serving import LONG
 
@@ -604,7 +604,7 @@ def test_lost_packets_are_told(
 @captures
 def test_what_comes_too_early_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before there is a filter, it is whatever passes this machine."""
-    attach_filter = _watch_capture.attach_filter
+    attach_filter = _capture.attach_filter
 
     def attach_late(*arguments: Any) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
