@@ -56,7 +56,7 @@ def resolve(report: Report) -> list[Any]:
         if isinstance(answer, list):
             return answer
         if isinstance(answer, UnicodeError):
-            reason = "it has not the form of a host name"
+            reason = "not a valid host name"
         else:
             reason = reason_of(answer)
     raise Failure(End.NOT_CONNECTED, f"cannot resolve {report.host!r}: {reason}")
