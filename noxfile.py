@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -16,6 +19,16 @@ nox.options.default_venv_backend = "venv"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+# What has to hold in gVisor as well, and can be judged there.
+IN_GVISOR = [
+    "tests/test_demo.py::test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth",
+    "tests/test_rules.py",
+    "tests/test_process_death.py",
+    "tests/test_tls_endings.py",
+    "tests/test_task_group.py",
+    "tests/test_drain.py",
+    "tests/test_platforms.py",
+]
 # The oldest that the dependencies of pyproject.toml admit.
 OLDEST = [
     "anyio==4.16.0",
@@ -64,6 +77,46 @@ def interop(session: nox.Session) -> None:
     """Measure what becomes of a reset in nginx and HAProxy, and what clients say."""
     session.install(".", *group("interop"))
     session.run("python", "-m", "interop.run", *session.posargs)
+
+
+@nox.session
+def sandbox(session: nox.Session) -> None:
+    """Run the demo and the tests of endings in gVisor; exit status 77: it cannot run."""
+    session.install("-e", ".", *group("test"))
+    gvisor = sandbox_command(session)
+    # Nothing is written but in the sandbox, which has a loopback of its own.
+    pytest = [
+        "pytest",
+        "-n",
+        "4",
+        "-p",
+        "no:cacheprovider",
+        *(session.posargs or IN_GVISOR),
+    ]
+    session.run(*gvisor, "python", "-m", *pytest, external=True)
+
+
+def sandbox_command(session: nox.Session) -> list[str]:
+    """What runs a command in gVisor, and ends it at last."""
+    reason = "there is no runsc, and only root can install it by apt-get"
+    if shutil.which("runsc") is None and shutil.which("apt-get") and os.getuid() == 0:
+        apt = {"external": True, "success_codes": range(256)}
+        session.run("apt-get", "update", "-q", **apt)
+        install = ["apt-get", "install", "-qy", "--no-install-recommends"]
+        session.run(*install, "runsc", **apt)
+        reason = "apt-get has no runsc"
+    if shutil.which("runsc") is not None:
+        for platform in ("systrap", "ptrace"):  # of new ones, and of all
+            runsc = ["timeout", "--kill-after=10", "900", "runsc", "--rootless"]
+            runsc += ["--network=none", "--ignore-cgroups", f"--platform={platform}"]
+            tried = subprocess.run(
+                [*runsc, "do", "true"], capture_output=True, check=False
+            )
+            if tried.returncode == 0:
+                return [*runsc, "do", "-quiet"]
+        reason = f"runsc does not run: {tried.stderr.decode().splitlines()[-1:]}"
+    session.warn(f"SKIPPED, nothing was tested: {reason}")
+    raise SystemExit(77)  # as of automake; nox would say 0
 
 
 @nox.session
