@@ -62,9 +62,11 @@ class Seen:
 class Peer:
     """A plain blocking TCP socket. Its calls run in a thread, so they may block."""
 
-    def __init__(self, port: int, *, host: str = "127.0.0.1", buffer: int = 0) -> None:
+    def __init__(
+        self, port: int, *, host: str = "127.0.0.1", buffer: int = 0, protocol: int = 0
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.sock = socket.socket(family)
+        self.sock = socket.socket(family, socket.SOCK_STREAM, protocol)
         if buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         self.sock.settimeout(LONG)
@@ -107,7 +109,7 @@ class Peer:
             try:
                 while chunk := self.sock.recv(65536):
                     data += chunk
-            except ConnectionResetError:
+            except (ConnectionResetError, BrokenPipeError):  # MPTCP, behind a FIN
                 return Seen(bytes(data), PeerClose.RST)
             except TimeoutError:
                 return Seen(bytes(data), PeerClose.NONE)

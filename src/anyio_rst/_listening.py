@@ -77,11 +77,7 @@ def _refuse_unless_listening(sock: socket.socket, name: str) -> None:
     except OSError as exc:
         raise ValueError(f"{name} is no open socket: {exc}") from exc
     try:
-        if (
-            actual.family not in (socket.AF_INET, socket.AF_INET6)
-            or actual.type != socket.SOCK_STREAM
-            or actual.proto not in (0, socket.IPPROTO_TCP)
-        ):
+        if not _sockets.is_tcp(actual):
             family = getattr(actual.family, "name", actual.family)
             kind = getattr(actual.type, "name", actual.type)
             raise TypeError(

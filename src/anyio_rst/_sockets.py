@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # net/ipv4/tcp_input.c). Windows calls the first WSAECONNRESET.
 RESET_ERRNOS = frozenset({errno.ECONNRESET, errno.EPIPE})
 
+# To MPTCP: mptcp_supported_sockopt() of net/mptcp/sockopt.c and those who ask it.
+_UNKNOWN_OPTION_ERRNOS = frozenset({errno.ENOPROTOOPT, errno.EOPNOTSUPP})
+
 # The peer's machine is gone, or the way to it: tcp(7), ip(7).
 UNREACHABLE_ERRNOS = frozenset(
     {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
@@ -81,6 +84,10 @@ CAN_REUSE_PORT = hasattr(socket, "SO_REUSEPORT")
 _LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 _LINGER_RESET = _LINGER.pack(1, 0)
 _LINGER_OFF = _LINGER.pack(0, 0)
+
+# Multipath TCP, of whose connections a client may make a plain one: RFC 8684.
+_IPPROTO_MPTCP: int = getattr(socket, "IPPROTO_MPTCP", 262)
+_SO_PROTOCOL: int | None = getattr(socket, "SO_PROTOCOL", None)
 
 # By which keep_alive() sets how often the peer is asked, and when it is given up.
 _KEEPALIVE_OPTIONS = (
@@ -148,7 +155,8 @@ def has_inherited(accepted: socket.socket, listener: socket.socket) -> bool:
     """Whether *accepted* has what :func:`prepare_listener` has set on *listener*.
 
     Nothing promises it. Linux does so, as the older BSDs (Stevens, UNIX Network
-    Programming, volume 1, 7.4); gVisor does not.
+    Programming, volume 1, 7.4); gVisor does not. What MPTCP sockets lack (see
+    :func:`keep_alive`) plain ones that they accept cannot have from them.
     """
     options = [
         (socket.SOL_SOCKET, socket.SO_LINGER),
@@ -161,10 +169,13 @@ def has_inherited(accepted: socket.socket, listener: socket.socket) -> bool:
         if hasattr(socket, name)
     ]
     size = _LINGER.size
-    return all(
-        accepted.getsockopt(*option, size) == listener.getsockopt(*option, size)
-        for option in options
-    )
+    try:
+        return all(
+            accepted.getsockopt(*option, size) == listener.getsockopt(*option, size)
+            for option in options
+        )
+    except OSError:
+        return False
 
 
 def prepare_accepted(sock: socket.socket, keepalive: float | None = None) -> None:
@@ -195,6 +206,22 @@ def never_block(sock: socket.socket) -> None:
     """
     if sock.gettimeout() != 0:
         sock.setblocking(False)
+
+
+def is_multipath(sock: SocketLike) -> bool:
+    """Whether *sock* is one of MPTCP, which its Python object need not know."""
+    if _SO_PROTOCOL is None:
+        return False
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == _IPPROTO_MPTCP
+
+
+def is_tcp(sock: SocketLike) -> bool:
+    """Whether it speaks TCP, to its user at least, as MPTCP does."""
+    return (
+        sock.family in (socket.AF_INET, socket.AF_INET6)
+        and sock.type == socket.SOCK_STREAM
+        and sock.proto in (0, socket.IPPROTO_TCP, _IPPROTO_MPTCP)
+    )
 
 
 def is_listening(sock: SocketLike) -> bool:
@@ -340,14 +367,19 @@ def keep_alive(sock: socket.socket, seconds: float) -> None:
     While nothing is under way by probes, of which several may be lost (SO_KEEPALIVE of
     socket(7), TCP_KEEPIDLE and the like of tcp(7); RFC 9293, 3.8.4); while something is,
     by what is not acknowledged (TCP_USER_TIMEOUT; RFC 5482), where there is that. To
-    Linux that includes what cannot be sent to a closed window (tcp(7)).
+    Linux that includes what cannot be sent to a closed window (tcp(7)). MPTCP has only
+    the probes.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     third = max(1, round(seconds / 3))
     values = (third, third, third, 2, math.ceil(seconds * 1000))
     for name, value in zip(_KEEPALIVE_OPTIONS, values, strict=True):
         if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            except OSError as exc:
+                if exc.errno not in _UNKNOWN_OPTION_ERRNOS or not is_multipath(sock):
+                    raise
 
 
 def why_not_resettable() -> str | None:

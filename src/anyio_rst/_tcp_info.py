@@ -10,7 +10,14 @@ import struct
 import sys
 from contextlib import suppress
 
-from ._sockets import DONTWAIT, PEEK, RESET_ERRNOS, can_dissolve, pending_error
+from ._sockets import (
+    DONTWAIT,
+    PEEK,
+    RESET_ERRNOS,
+    can_dissolve,
+    is_multipath,
+    pending_error,
+)
 
 
 def loss(sock: socket.socket) -> OSError | None:
@@ -51,16 +58,31 @@ if sys.platform == "linux":
     _UNFINISHED = {1, 8}  # ESTABLISHED, CLOSE_WAIT
     _CLOSED = 7  # by both FINs, or by an RST
 
+    # What TCP_INFO tells of an MPTCP socket is its first subflow's (net/mptcp/sockopt.c),
+    # on which one end or both may be out, or none, whatever has become of the whole.
+
     # Not in Python's modules: linux/sockios.h, linux/tcp.h.
     _SIOCOUTQNSD = 0x894B
     _TCP_INQ = 36
+    _SOL_MPTCP, _MPTCP_INFO = 284, 1  # linux/mptcp.h
 
     def fin_is_out(sock: socket.socket) -> bool:
         """Whether our side has finished."""
         try:
+            if is_multipath(sock):
+                return _refuses_to_send(sock)
             return _state(sock) in _FINISHED
         except OSError:
             return False
+
+    def _refuses_to_send(sock: socket.socket) -> bool:
+        """Whether nothing can be sent on *sock*, whose connection is there."""
+        sock.getpeername()  # else the send would be told what has ended it
+        try:
+            sock.send(b"", DONTWAIT)
+        except OSError as exc:
+            return exc.errno == errno.EPIPE
+        return False
 
     def _state(sock: socket.socket) -> int:
         """tcpi_state of tcp(7), a number of linux/tcp_states.h."""
@@ -72,9 +94,11 @@ if sys.platform == "linux":
 
         To recv(2) an end is an end: that which the peer's FIN makes, that of a lost
         connection whose SO_ERROR somebody else has read (ENOTCONN), and what somebody
-        else has made by shutdown(SHUT_RD) (ESHUTDOWN).
+        else has made by shutdown(SHUT_RD) (ESHUTDOWN). Not known of MPTCP.
         """
         try:
+            if is_multipath(sock):
+                return None
             state = _state(sock)
             if state in _PEER_FINISHED or _may_have_fin(sock, state):
                 return None
@@ -128,15 +152,37 @@ if sys.platform == "linux":
 
         SIOCOUTQ of tcp(7), which counts the FIN as one byte more.
         """
-        return _queue_size(sock, TIOCOUTQ)
+        size = _queue_size(sock, TIOCOUTQ)
+        try:
+            if size and is_multipath(sock) and not _has_subflows(sock):
+                # mptcp_ioctl_outq() of net/mptcp/protocol.c is one too many at first.
+                return size if _has_acked(sock) else None
+        except OSError:
+            return None
+        return size
+
+    def _has_subflows(sock: socket.socket) -> bool:
+        """Whether the MPTCP socket has not fallen back to TCP: MPTCP_INFO is refused."""
+        with suppress(OSError):
+            return bool(sock.getsockopt(_SOL_MPTCP, _MPTCP_INFO, 1))
+        return False
+
+    def _has_acked(sock: socket.socket) -> bool:
+        """Whether the peer has acknowledged more than the SYN: tcpi_bytes_acked."""
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        acked: int = struct.unpack("120xQ", info)[0]
+        return acked > 1
 
     def given(sock: socket.socket) -> int | None:
         """Bytes that the kernel has been given to send; None if none, or it can't tell.
 
         tcpi_bytes_sent, without tcpi_bytes_retrans, and tcpi_notsent_bytes of
-        linux/tcp.h, from Linux 4.19 on. gVisor leaves all at 0.
+        linux/tcp.h, from Linux 4.19 on. gVisor leaves all at 0, and MPTCP has a queue of
+        its own above them.
         """
         try:
+            if is_multipath(sock):
+                return None
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
             waiting, sent, again = struct.unpack("144xI52xQQ", info)
         except (OSError, struct.error):
@@ -151,10 +197,15 @@ if sys.platform == "linux":
         changed: gVisor's did so with the segment, and since 2026 it does with shutdown().
         """
         unsent = _queue_size(sock, _SIOCOUTQNSD)
-        if unsent is None:
-            with suppress(OSError):
+        if unsent:
+            return False
+        with suppress(OSError):
+            if unsent is None:
                 return _state(sock) not in _UNFINISHED
-        return not unsent
+            if is_multipath(sock):  # handed to its subflows
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)
+                return info[144:] == bytes(4)  # tcpi_notsent_bytes
+        return True
 
     def both_finished(sock: socket.socket) -> bool:
         """Whether both FINs are out, and an RST would not be sent any more.
@@ -162,6 +213,9 @@ if sys.platform == "linux":
         That is so in tcp_disconnect() of net/ipv4/tcp.c, and in RFC 9293, 3.10.5.
         """
         try:
+            if is_multipath(sock):
+                error = loss(sock)
+                return error is not None and is_unknown(error)
             state = _state(sock)
             return (state in _BOTH_FINISHED and fin_has_left(sock)) or (
                 state == _CLOSED

@@ -201,8 +201,9 @@ class Peer:
         most = RECEIVE_SIZE if size is None else size - len(self._data)
         try:
             data = self.socket.recv(most)
-        except ConnectionResetError:
-            # The kernel tells of it once, and then of an end like any other.
+        except (ConnectionResetError, BrokenPipeError):
+            # The kernel tells of it once, and then of an end like any other. EPIPE is
+            # MPTCP's word for an RST behind a FIN.
             self._was_reset = True
             return PeerClose.RST
         if data:
