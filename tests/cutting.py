@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
+
 from serving import Peer
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -31,6 +33,7 @@ __all__ = [
     "Cable",
     "cable",
     "carry",
+    "in_a_thread_that_ends",
     "link",
     "on_machine",
 ]
@@ -46,6 +49,16 @@ def on_machine(namespace: int, function: Callable[..., T], *args: Any) -> T:
         return thread.submit(function, *args).result()
 
 
+async def in_a_thread_that_ends(function: Callable[..., Any], *args: Any) -> Any:
+    """Trio keeps its threads for other runs, which are on another machine then."""
+    thread = ThreadPoolExecutor(1)
+    called = thread.submit(function, *args)
+    thread.shutdown(wait=False)
+    while not called.done():
+        await anyio.sleep(0.001)
+    return called.result()
+
+
 def carry(packet: bytes, sender: int, receiver: int) -> None:
     os.write(receiver, packet)
 
@@ -54,7 +67,8 @@ class Cable:
     """Between our machine and that of the peers."""
 
     def __init__(self, machines: link.Link) -> None:
-        self._theirs = machines.namespace
+        self.theirs: int = machines.namespace
+        self.peers_end: int = machines.peer_tun
         listener = next(iter(machines.listeners.values()))
         self.ours: int = fcntl.ioctl(listener, SIOCGSKNS)
         self._ends = {
@@ -91,13 +105,13 @@ class Cable:
     def mend(self) -> None:
         self._is_cut.clear()
 
-    def connect(self, port: int) -> Peer:
+    def connect(self, port: int, **options: Any) -> Peer:
         """A peer, over there, that connects to us."""
-        return on_machine(self._theirs, lambda: Peer(port, host=OUR_ADDRESS))
+        return on_machine(self.theirs, lambda: Peer(port, host=OUR_ADDRESS, **options))
 
     def listen(self) -> socket.socket:
         """A socket over there."""
-        return on_machine(self._theirs, socket.create_server, (PEERS_ADDRESS, 0))
+        return on_machine(self.theirs, socket.create_server, (PEERS_ADDRESS, 0))
 
 
 @contextmanager

@@ -6,8 +6,7 @@ import errno
 import logging
 import socket
 import termios
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,15 @@ import pytest
 import trio
 from anyio.abc import SocketAttribute
 from conftest import BACKENDS
-from cutting import OUR_ADDRESS, PEERS_ADDRESS, Cable, cable, link, on_machine
+from cutting import (
+    OUR_ADDRESS,
+    PEERS_ADDRESS,
+    Cable,
+    cable,
+    in_a_thread_that_ends,
+    link,
+    on_machine,
+)
 
 from anyio_rst import (
     Cause,
@@ -376,16 +383,6 @@ async def lose_them_all(between: Cable, on_trio: bool) -> list[Case]:
     for peer in peers:
         peer.sock.close()
     return cases
-
-
-async def in_a_thread_that_ends(function: Callable[..., Any], *args: Any) -> Any:
-    """Trio keeps its threads for other runs, which are on another machine then."""
-    thread = ThreadPoolExecutor(1)
-    called = thread.submit(function, *args)
-    thread.shutdown(wait=False)
-    while not called.done():
-        await anyio.sleep(0.001)
-    return called.result()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -56,6 +56,7 @@ if sys.platform == "linux":
     _BOTH_FINISHED = {6, 9, 11}  # the peer's has arrived as well
     _PEER_FINISHED = _BOTH_FINISHED | {8}  # CLOSE_WAIT
     _UNFINISHED = {1, 8}  # ESTABLISHED, CLOSE_WAIT
+    _SYN_RECEIVED = 3  # accepted before the handshake is over: Fast Open, RFC 7413
     _CLOSED = 7  # by both FINs, or by an RST
 
     # What TCP_INFO tells of an MPTCP socket is its first subflow's (net/mptcp/sockopt.c),
@@ -154,6 +155,8 @@ if sys.platform == "linux":
         """
         size = _queue_size(sock, TIOCOUTQ)
         try:
+            if size == 0 and _state(sock) == _SYN_RECEIVED:
+                return None  # it is 0 then, whatever was sent
             if size and is_multipath(sock) and not _has_subflows(sock):
                 # mptcp_ioctl_outq() of net/mptcp/protocol.c is one too many at first.
                 return size if _has_acked(sock) else None
@@ -195,6 +198,8 @@ if sys.platform == "linux":
         So it stays after a reset, which a FIN behind a closed window does not survive.
         Where the kernel cannot tell, it is taken for granted, unless the state has not
         changed: gVisor's did so with the segment, and since 2026 it does with shutdown().
+
+        Before the handshake is over it waits for that: tcp_shutdown() of net/ipv4/tcp.c.
         """
         unsent = _queue_size(sock, _SIOCOUTQNSD)
         if unsent:
@@ -205,6 +210,7 @@ if sys.platform == "linux":
             if is_multipath(sock):  # handed to its subflows
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)
                 return info[144:] == bytes(4)  # tcpi_notsent_bytes
+            return _state(sock) != _SYN_RECEIVED
         return True
 
     def both_finished(sock: socket.socket) -> bool:
