@@ -83,7 +83,7 @@ anyio_rst.Server.stopping
 anyio_rst.ServerStatistics(open_connections, accepted_connections, endings_by_kind,
     endings_by_cause): builtins.object
 anyio_rst.TCPStream = ByteStream | BufferedByteReceiveStream | trio.SocketStream |
-    TrioTLS
+    trio.SSLStream[trio.SocketStream]
 anyio_rst.TLSSession: builtins.tuple
 anyio_rst.TLSSession.version
 anyio_rst.TLSSession.cipher

@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     import trio
 
     from ._ending import FinishOn
-    from ._tls_engines import Engine, TrioTLS
+    from ._tls_engines import Engine
 
-TCPStream: TypeAlias = (
-    "ByteStream | BufferedByteReceiveStream | trio.SocketStream | TrioTLS"
-)
+# In one string: what reads types joins none.
+TCPStream: TypeAlias = "ByteStream | BufferedByteReceiveStream | trio.SocketStream | trio.SSLStream[trio.SocketStream]"  # noqa: E501
 """What a scope can be put around; see :func:`connection_scope`."""
 
 __all__ = ["TCPStream", "connection_scope", "scoped"]
