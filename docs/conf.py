@@ -44,7 +44,10 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"anyio_rst {release}"
-html_theme_options = {"source_view_link": f"{source}/blob/main/docs/{{filename}}"}
+html_theme_options = {
+    "source_view_link": f"{source}/blob/main/docs/{{filename}}",
+    "dark_css_variables": {"color-inline-code-background": "#25282c"},
+}
 html_static_path = ["_static"]
 html_css_files = ["tables.css", "theme.css"]
 html_copy_source = False
