@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
@@ -19,21 +20,23 @@ PANELS = {
 VERSIONS = ("python", "anyio_rst", "anyio", "trio", "uvloop", "twisted", "node")
 
 EXPLANATION = (
-    "µs of CPU time: accept, 64 bytes there and back, end. Less is better.",
-    "Bar: median; line: all rounds. Rules: ● held, ◉ in part or by hand, ○ not.",
+    "µs of CPU time: accept, 64 bytes there and back, end.",
+    "Less is better. Bar: median; line: all rounds.",
+    "Rules: ● held, ◉ in part or by hand, ○ not.",
 )
 
-# Pixels.
-WIDTH = 900
-MARGIN = 24
+# Pixels. As narrow as a phone, so that nothing has to be made smaller there.
+WIDTH = 440
+MARGIN = 8
 LINE = 22
 BAR = 14
-DOT = 4
-RULES_LEFT = 190
-PANELS_LEFT = 290
-PANEL = 285
-GAP = 16
-FIGURE = 46  # room for the figure behind the longest bar
+DOT = 3
+RULES_LEFT = 160
+PANELS_LEFT = 218
+PANEL = 104
+GAP = 8
+FIGURE = 34  # room for the figure behind the longest bar
+COLUMNS = 60  # of the last lines
 
 STYLE = """
   svg { font-family: system-ui, sans-serif; font-size: 13px }
@@ -63,7 +66,7 @@ def text(x: float, y: float, content: str, kind: str = "") -> str:
 def dots(y: float, contender: str) -> list[str]:
     shapes = []
     for number, held in enumerate(CONTENDERS[contender].rules):
-        place = f'cx="{RULES_LEFT + DOT + number * (2 * DOT + 5)}" cy="{y - 4.5:.1f}"'
+        place = f'cx="{RULES_LEFT + DOT + number * (2 * DOT + 4)}" cy="{y - 4.5:.1f}"'
         shapes.append(f'<circle {place} r="{DOT}" class="dot"/>')
         if held != "no":
             radius = DOT if held == "yes" else DOT / 2
@@ -94,7 +97,7 @@ def draw(results: Results) -> str:
         y += 0.9 * LINE
         shapes.append(text(MARGIN, y, line, "dim"))
     y += 1.6 * LINE
-    shapes.append(text(RULES_LEFT, y, "rules held", "head"))
+    shapes.append(text(RULES_LEFT, y, "rules", "head"))
     for x, heading in zip(lefts, PANELS.values(), strict=True):
         shapes.append(text(x, y, heading, "head"))
     loop = ""
@@ -104,18 +107,18 @@ def draw(results: Results) -> str:
             y += 1.3 * LINE
             shapes.append(text(MARGIN, y, HEADINGS[loop], "head"))
         y += LINE
-        shapes.append(text(MARGIN + 10, y, CONTENDERS[row[0]].title.replace("`", "")))
+        shapes.append(text(MARGIN + 8, y, CONTENDERS[row[0]].title.replace("`", "")))
         shapes += dots(y, row[0])
         kind = "bar ours" if row[0] in OURS else "bar"
         for x, name in zip(lefts, PANELS, strict=True):
             if (cost := results.cost(name, row)) is not None:
                 shapes += bar(x, y, cost, scale, kind)
-    y += 1.8 * LINE
-    line = f"{results.about['date']}: {versions(results)}"
-    shapes.append(text(MARGIN, y, line, "dim"))
-    y += 0.8 * LINE
-    machine = f"{results.about['processor']}, {results.about['system']}"
-    shapes.append(text(MARGIN, y, machine, "dim"))
+    y += LINE
+    about = results.about
+    machine = f"{about['processor']}, {about['system']}"
+    for line in wrap(f"{about['date']}: {versions(results)}; {machine}", COLUMNS):
+        y += 0.8 * LINE
+        shapes.append(text(MARGIN, y, line, "dim"))
     height = round(y + MARGIN)
     size = f'width="{WIDTH}" height="{height}"'
     box = f'viewBox="0 0 {WIDTH} {height}" role="img"'
