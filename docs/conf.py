@@ -5,6 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -56,3 +64,33 @@ html_show_sphinx = False
 
 # What is awaited or entered where it is made.
 nitpick_ignore = [("py:class", "Connecting")]
+
+# What a page is searched by, and is to be found by before all others.
+SEARCHED = {
+    "asyncio_streams": ["StreamReader", "StreamWriter"],
+    "faq": ["UNIX socket", "WebSocket", "WebSockets"],
+    "frameworks": ["ASGI"],
+    "http": ["HTTP/1.1", "keep-alive"],
+    "observability": ["logging", "metrics", "OpenTelemetry", "Prometheus"],
+    "server": ["graceful shutdown", "SIGTERM", "zero downtime"],
+    "tls": ["SSL", "STARTTLS"],
+    "troubleshooting": ["ECONNRESET", "EMFILE", "EPIPE"],
+}
+
+
+class Searched(SphinxTransform):
+    """The words that a page is searched by: index entries of the sections they name."""
+
+    default_priority = 400
+
+    def apply(self, **kwargs: Any) -> None:
+        page, *sections = self.document.findall(nodes.section)
+        for word in SEARCHED.get(self.env.docname, ()):
+            named = [one for one in sections if word.lower() in one[0].astext().lower()]
+            section = (named or [page])[0]
+            entry = ("single", word, section["ids"][0], "main", None)
+            section.insert(1, addnodes.index(entries=[entry]))
+
+
+def setup(app: Sphinx) -> None:
+    app.add_transform(Searched)
