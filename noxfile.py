@@ -170,9 +170,22 @@ def fuzz(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation: docs/_build/html."""
     session.install(".[trio,httpx]", *group("docs"))
-    # `nox -s docs -- linkcheck` asks the network whether the links to others are good.
-    for name in session.posargs or ["html"]:
-        session.run("sphinx-build", "-nW", "-b", name, "docs", f"docs/_build/{name}")
+    build_docs(session, "html", "-W")
+
+
+@nox.session
+def links(session: nox.Session) -> None:
+    """Ask the network whether the links of docs/links.txt are good; `-- --write` it."""
+    session.install(".[trio,httpx]", *group("docs"))
+    if "--write" in session.posargs:
+        build_docs(session, "dummy", "-E", "-t", "write_links")
+    else:
+        build_docs(session, "linkcheck", "-EW", "--keep-going")
+
+
+def build_docs(session: nox.Session, builder: str, *options: str) -> None:
+    output = f"docs/_build/{builder}"
+    session.run("sphinx-build", "-n", *options, "-b", builder, "docs", output)
 
 
 @nox.session

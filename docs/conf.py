@@ -27,6 +27,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "links",
     "names",
     "signatures",
 ]
@@ -64,6 +65,9 @@ html_show_sphinx = False
 
 # What is awaited or entered where it is made.
 nitpick_ignore = [("py:class", "Connecting")]
+
+# It is a placeholder until somebody publishes this.
+linkcheck_ignore = [re.escape(source)]
 
 # What a page is searched by, and is to be found by before all others.
 SEARCHED = {

@@ -50,6 +50,9 @@ PAGES = {
     "asyncio.loop": f"{PYTHON}/asyncio-eventloop.html",
     "asyncio.run": f"{PYTHON}/asyncio-runner.html",
 }
+TYPES = ("bytearray", "bytes", "dict", "frozenset", "list", "memoryview", "str", "tuple")
+PAGES |= {f"builtins.{name}": f"{PYTHON}/stdtypes.html" for name in TYPES}
+PAGES["builtins.None"] = f"{PYTHON}/constants.html"
 # The variables of the text: what they are.
 VARIABLES = {
     "conn": ["anyio_rst.Connection"],
