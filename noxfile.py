@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import nox
 
@@ -100,7 +101,7 @@ def sandbox_command(session: nox.Session) -> list[str]:
     """What runs a command in gVisor, and ends it at last."""
     reason = "there is no runsc, and only root can install it by apt-get"
     if shutil.which("runsc") is None and shutil.which("apt-get") and os.getuid() == 0:
-        apt = {"external": True, "success_codes": range(256)}
+        apt: dict[str, Any] = {"external": True, "success_codes": range(256)}
         session.run("apt-get", "update", "-q", **apt)
         install = ["apt-get", "install", "-qy", "--no-install-recommends"]
         session.run(*install, "runsc", **apt)
