@@ -11,6 +11,8 @@ from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 
+import anyio_rst
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -19,7 +21,7 @@ PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 
 project = "anyio_rst"
 author = "the anyio_rst developers"
-(release,) = re.findall(r'^version = "(.*)"$', PYPROJECT, re.MULTILINE)
+release = anyio_rst.__version__
 (source,) = re.findall(r'^Source = "(.*)"$', PYPROJECT, re.MULTILINE)
 
 extensions = [

@@ -13,6 +13,8 @@ from ._serve import serve_tcp
 from ._server import Server
 from ._statistics import ServerStatistics
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Cause",
     "CloseKind",
