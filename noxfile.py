@@ -22,13 +22,13 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 # What has to hold in gVisor as well, and can be judged there.
 IN_GVISOR = [
-    "tests/test_demo.py::test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth",
-    "tests/test_rules.py",
-    "tests/test_process_death.py",
-    "tests/test_tls_endings.py",
-    "tests/test_task_group.py",
-    "tests/test_drain.py",
-    "tests/test_platforms.py",
+    "tests/commands/test_demo.py::test_demo_measures_every_way_out_and_anyio_rst_tells_the_truth",
+    "tests/endings/test_rules.py",
+    "tests/endings/test_process_death.py",
+    "tests/tls/test_tls_endings.py",
+    "tests/endings/test_task_group.py",
+    "tests/endings/test_drain.py",
+    "tests/platforms/test_platforms.py",
 ]
 # The oldest that the dependencies of pyproject.toml admit.
 OLDEST = [
@@ -158,13 +158,13 @@ def explore(session: nox.Session, file: str) -> None:
 @nox.session
 def model(session: nox.Session) -> None:
     """Hold many thousands of random scripts of both sides to the model of the rules."""
-    explore(session, "tests/test_model.py")
+    explore(session, "tests/endings/test_model.py")
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
     """Send about a hundred thousand fuzzed inputs to all that reads input."""
-    explore(session, "tests/test_fuzz.py")
+    explore(session, "tests/endings/test_fuzz.py")
 
 
 @nox.session
@@ -214,7 +214,7 @@ def package(session: nox.Session) -> None:
 
         source = sdist.name.removesuffix(".tar.gz")
         program = Path("type_tests.py")
-        program.write_text(Path(source, "tests", program).read_text())
+        program.write_text(Path(source, "tests", "project", program).read_text())
         session.run("mypy", "--strict", "--python-executable", python, str(program))
         session.run("pyright", "--pythonpath", python, str(program))
 
@@ -223,7 +223,12 @@ def package(session: nox.Session) -> None:
             pip, "install", "-q", f"{wheel}[trio,uvloop,httpx]", "pytest", external=True
         )
         session.chdir(source)
-        session.run(pytest, "tests/test_readme.py", "tests/test_api.py", external=True)
+        session.run(
+            pytest,
+            "tests/pages/test_readme.py",
+            "tests/project/test_api.py",
+            external=True,
+        )
 
 
 def check_contents(

@@ -134,7 +134,7 @@ def server(
     loop: str, kind: str, death: str, certificate: object = "", phases: Iterable[str] = ()
 ) -> Iterator[Server]:
     """It ends with the block at the latest."""
-    script = Path(__file__).with_name("dying.py")
+    script = Path(__file__).parents[1] / "dying.py"
     with subprocess.Popen(
         [sys.executable, script, loop, kind, death, str(certificate), *phases],
         stdin=subprocess.PIPE,

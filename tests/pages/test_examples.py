@@ -15,7 +15,7 @@ from anyio_rst import PeerClose
 
 from serving import LONG, Seen
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["download", "proxy", "line_protocol", "push"])

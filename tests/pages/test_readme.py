@@ -21,7 +21,7 @@ from anyio_rst._ending import KIND_OF
 
 from serving import LONG
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-DOCS = Path(__file__).parents[1] / "docs" / "testing.md"
+DOCS = Path(__file__).parents[2] / "docs" / "testing.md"
 
 # What this suite has for itself, and its users may not.
 OTHERS = ("-p", "no:hypothesispytest", "-p", "no:timeout")

@@ -25,7 +25,7 @@ import anyio_rst
 import pytest_anyio_rst
 from anyio_rst import asyncio_streams, httpx, lowlevel, testing, trio_streams
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 API = """\
 anyio_rst.Cause: enum.Enum
@@ -315,7 +315,7 @@ def test_what_is_public_is_documented(module: ModuleType) -> None:
 def test_the_type_tests_have_all_that_is_public(module: ModuleType) -> None:
     imported = {
         alias.name
-        for program in (ROOT / "tests").glob("type_tests*.py")
+        for program in (ROOT / "tests").rglob("type_tests*.py")
         for node in ast.walk(ast.parse(program.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == module.__name__
         for alias in node.names

@@ -46,7 +46,7 @@ from anyio_rst.commands._probe_waiting import waits_for
 
 from serving import LONG
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "probe.md").read_text()
 
 PROBE = [sys.executable, "-m", "anyio_rst", "probe"]

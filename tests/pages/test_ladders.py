@@ -10,7 +10,7 @@ from anyio_rst.testing import CaptureUnavailable
 
 import ladders
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 pytestmark = pytest.mark.anyio
 

@@ -270,7 +270,7 @@ def test_killed_parent_resets_while_its_child_lives(
     loop: str, kind: str, way: str
 ) -> None:
     ours, control = socket.socketpair()
-    script = Path(__file__).with_name("forking.py")
+    script = Path(__file__).parents[1] / "forking.py"
     with (
         ours,
         control,

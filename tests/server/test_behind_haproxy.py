@@ -29,7 +29,7 @@ from anyio_rst.testing import (
     capture_segments,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
 from interop import proxies  # noqa: E402

@@ -29,7 +29,7 @@ import download
 from asgi_cases import BIG, HALF, WHOLE
 from serving import LONG
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
 EXAMPLES = ROOT / "examples"
 

@@ -57,7 +57,7 @@ from anyio_rst.commands._demo_processes import NotMeasured
 import download
 from serving import LONG, Handler, Seen
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from test_readme import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
 from soak import link, records, relay, report  # noqa: E402

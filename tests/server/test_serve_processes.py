@@ -25,7 +25,7 @@ from anyio_rst import PeerClose
 from loading import loaded
 from serving import LONG, Seen
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 EXAMPLES = HERE.parent / "examples"
 
 Process = subprocess.Popen[str]

@@ -28,7 +28,7 @@ from serving import LONG, Seen, serve
 
 pytestmark = pytest.mark.anyio
 
-DOCS = Path(__file__).parents[1] / "docs" / "download.md"
+DOCS = Path(__file__).parents[2] / "docs" / "download.md"
 
 # All of the one table, and what there is of the other before n is 0.
 WHOLE = download.table(1, 1001)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
 from interop import clients, proxies, report, run  # noqa: E402

@@ -18,7 +18,7 @@ import requests
 import trustme
 from test_download import needs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
 from interop import clients  # noqa: E402

@@ -44,7 +44,7 @@ from anyio_rst.testing import CaptureUnavailable, _capture, capture_segments
 
 from serving import LONG
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "watch.md").read_text()
 
 WATCH = [sys.executable, "-m", "anyio_rst", "watch"]
