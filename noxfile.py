@@ -101,10 +101,9 @@ def sandbox_command(session: nox.Session) -> list[str]:
     """What runs a command in gVisor, and ends it at last."""
     reason = "there is no runsc, and only root can install it by apt-get"
     if shutil.which("runsc") is None and shutil.which("apt-get") and os.getuid() == 0:
-        apt: dict[str, Any] = {"external": True, "success_codes": range(256)}
-        session.run("apt-get", "update", "-q", **apt)
-        install = ["apt-get", "install", "-qy", "--no-install-recommends"]
-        session.run(*install, "runsc", **apt)
+        install = ["install", "-qy", "--no-install-recommends", "runsc"]
+        for command in (["update", "-q"], install):
+            session.run("apt-get", *command, external=True, success_codes=range(256))
         reason = "apt-get has no runsc"
     if shutil.which("runsc") is not None:
         for platform in ("systrap", "ptrace"):  # of new ones, and of all

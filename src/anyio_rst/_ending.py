@@ -37,7 +37,10 @@ class CloseKind(enum.Enum):
 
     RST = "RST"
     """A reset, ours or, where `cause` alone would have earned a FIN, one that came
-    before the FIN had left this machine, as a rule the peer's."""
+    before the FIN had left this machine, as a rule the peer's.
+
+    Ours has been sent, or, where the kernel cannot do that while somebody else has a copy
+    of the descriptor (all but Linux's own), it is sent when the last copy is closed."""
 
     DETACHED = "DETACHED"
     """Nothing. The stream was handed back, open."""
@@ -206,7 +209,7 @@ class Ending:
 
     unacknowledged: int | None
     """Bytes sent that the peer's TCP had not acknowledged when the socket was closed;
-    None where the platform cannot tell (all but Linux) or nothing was closed."""
+    None where the kernel cannot tell (all but Linux's own) or nothing was closed."""
 
     fin_sent_before_reset: bool
     """The FIN of `send_eof()` had left before the reset. A peer on Linux that only reads

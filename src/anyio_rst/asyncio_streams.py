@@ -11,7 +11,8 @@ that is a reset, or FIN and drain, made as for any :class:`anyio_rst.Connection`
 What holds:
 
 - The verdict falls when the handler or block is left, and an RST goes out in that call,
-  below the transport, over TLS without a close_notify.
+  below the transport, over TLS without a close_notify. (In gVisor and on all but Linux it
+  may be a turn later on uvloop: over TLS, or with something left to send.)
 - It is armed from its entry on, so a process that dies resets. (Until then it is if the
   listening sockets are: `lowlevel.arm(sock)` for each of `server.sockets`.)
 - After a success all that was written is sent, however slow the peer reads, and input
