@@ -86,12 +86,13 @@ async def serve_tcp(
       port: 0 to 65535; 0 lets the kernel choose, see :attr:`Server.port`.
       host: address or name of the interface; None serves IPv4 and IPv6 on all of them.
         Addresses, dual stack and port are those of :func:`anyio.create_tcp_listener`.
-      backlog: connections that may wait to be accepted (listen(2)).
+      backlog: connections that may wait to be accepted (listen(2)). Of clients that come
+        when it is full, those that only read may hang for good.
       reuse_port: let other processes serve the same port, each on a socket of its own
         (SO_REUSEPORT of socket(7)). All of them have to ask for it.
-      sockets: listening TCP sockets to serve on, instead of *host*, *port*, *backlog*
-        and *reuse_port*: those of systemd's socket activation, or of a parent process.
-        They belong to `serve_tcp` from the moment it has accepted its arguments, and it
+      sockets: listening sockets, of TCP or MPTCP, to serve on instead of *host*, *port*,
+        *backlog* and *reuse_port*: those of systemd's socket activation, or of a parent
+        process. They belong to `serve_tcp` from the moment it has accepted its arguments, and it
         closes them. They become non-blocking, for all processes that share them, and stay
         so; nothing else of them is changed.
       max_connections: how many may be open at once, drains included; None for no limit.
