@@ -92,9 +92,9 @@ async def serve_tcp(
         (SO_REUSEPORT of socket(7)). All of them have to ask for it.
       sockets: listening sockets, of TCP or MPTCP, to serve on instead of *host*, *port*,
         *backlog* and *reuse_port*: those of systemd's socket activation, or of a parent
-        process. They belong to `serve_tcp` from the moment it has accepted its arguments, and it
-        closes them. They become non-blocking, for all processes that share them, and stay
-        so; nothing else of them is changed.
+        process. They belong to `serve_tcp` from the moment it has accepted its
+        arguments, and it closes them. They become non-blocking, for all processes that
+        share them, and stay so; nothing else of them is changed.
       max_connections: how many may be open at once, drains included; None for no limit.
         At the limit nothing is accepted, and the backlog holds the rest, in order.
       finish_on: exceptions that are a clean end: the peer gets FIN, and nothing is
