@@ -141,8 +141,11 @@ if sys.platform == "linux":
             return own.recv(1) == b"" and _has_fin(own)
 
     def _is_dissolved(sock: socket.socket) -> bool:
-        # As by reset(): first it says ECONNRESET, as after a reset by the peer.
+        # As by reset(): first it says ECONNRESET, as after a reset by the peer. MPTCP
+        # says that of the peer's alone.
         try:
+            if is_multipath(sock):
+                return False
             sock.recv(1, PEEK | DONTWAIT)
         except OSError as exc:
             return exc.errno == errno.ENOTCONN

@@ -31,6 +31,7 @@ from anyio_rst import (
     Drain,
     Ending,
     PeerClose,
+    PeerReset,
     Server,
     _sockets,
     connection_scope,
@@ -334,6 +335,30 @@ async def test_the_peers_reset_is_seen(client: int) -> None:
             peer.reset()
             ending = await service.ending()
         assert ending.peer is PeerClose.RST
+
+
+async def test_the_peers_reset_that_came_before_a_receive_is_seen(client: int) -> None:
+    async with two_scopes(client) as (one, other):
+        one.abort()
+        with pytest.raises(PeerReset):
+            await other.receive()
+        assert other.ending is None
+    assert other.ending is not None
+    assert other.ending.peer is PeerClose.RST
+
+
+@asynccontextmanager
+async def two_scopes(client: int) -> AsyncIterator[tuple[Connection, Connection]]:
+    """Two connections in scopes, joined over an MPTCP listening socket."""
+    with listening() as listener:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, client)
+        sock.connect(listener.getsockname())
+        accepted_one, _ = listener.accept()
+    one, other = [
+        await anyio.abc.SocketStream.from_socket(end) for end in (accepted_one, sock)
+    ]
+    async with connection_scope(one) as first, connection_scope(other) as second:
+        yield first, second
 
 
 async def test_server_stops_when_the_backlog_is_served(client: int) -> None:
