@@ -130,6 +130,12 @@ def matrix(session: nox.Session) -> None:
     run_tests(session)
 
 
+@nox.session(python=["3.13t", "3.14t"])
+def free_threaded(session: nox.Session) -> None:
+    """Run the test suite on a CPython without its global interpreter lock."""
+    run_tests(session, PYTHON_GIL="0")
+
+
 @nox.session
 def oldest(session: nox.Session) -> None:
     """Run the test suite on the oldest dependencies."""

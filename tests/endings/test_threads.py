@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import anyio
 import pytest
 from anyio import from_thread, to_thread
 
-from anyio_rst import Cause, Connection, PeerClose, serve_tcp
+from anyio_rst import Cause, CloseKind, Connection, PeerClose, serve_tcp
 
-from serving import Peer, serve
+from serving import Peer, Seen, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -69,3 +71,39 @@ async def test_stop_in_another_thread_is_refused_and_changes_nothing() -> None:
             seen = await peer.read_to_end()
         server.stop()
     assert (seen.data, seen.close) == (b"served", PeerClose.FIN)
+
+
+async def serve_half_of_them(count: int) -> tuple[list[Seen], dict[CloseKind, int]]:
+    async def handler(conn: Connection) -> None:
+        word = await conn.receive()
+        await conn.send(word)
+        if word == b"fail":
+            raise ValueError
+
+    seen = []
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(lambda **status: serve_tcp(handler, **status))
+        for number in range(count):
+            with Peer(server.port) as peer:
+                await peer.send(b"fail" if number % 2 else b"work")
+                seen.append(await peer.read_to_end())
+        server.stop()
+    return seen, dict(server.statistics().endings_by_kind)
+
+
+def test_event_loops_in_several_threads() -> None:
+    loops: list[dict[str, Any]] = [
+        {"backend": "asyncio"},
+        {"backend": "asyncio", "backend_options": {"use_uvloop": True}},
+        {"backend": "trio"},
+    ]
+
+    def run(loop: dict[str, Any]) -> tuple[list[Seen], dict[CloseKind, int]]:
+        return anyio.run(serve_half_of_them, 20, **loop)
+
+    with ThreadPoolExecutor(6) as threads:
+        for seen, totals in threads.map(run, loops * 2):
+            assert (
+                seen == [Seen(b"work", PeerClose.FIN), Seen(b"fail", PeerClose.RST)] * 10
+            )
+            assert (totals[CloseKind.FIN], totals[CloseKind.RST]) == (10, 10)
