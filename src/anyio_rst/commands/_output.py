@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -25,6 +27,9 @@ NOT_WRITTEN = 74
 
 # 128 + SIGPIPE: what a shell says of a program that SIGPIPE killed. Python ignores that.
 NOT_READ = 141
+
+# Seconds for who reads to go on reading, when an interruption finds that it does not.
+PATIENCE = 1.0
 
 
 class Unwritable(Exception):
@@ -71,6 +76,16 @@ def discard(stream: TextIO) -> None:
     """
     with open(os.devnull, "wb") as null:
         os.dup2(null.fileno(), stream.fileno())
+
+
+def is_stuck() -> bool:
+    """Whether nobody takes what is on its way to the standard output."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except io.UnsupportedOperation:  # it is in memory
+        return False
+    return not poll.poll(PATIENCE * 1000)
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import select
@@ -12,7 +11,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from ._interruption import interruption
-from ._output import WIDTH, complain, put
+from ._output import WIDTH, complain, is_stuck, put
 from ._watch_report import Totals, as_dict, shown, table
 
 if TYPE_CHECKING:
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 
 # Ports that a terminal shows; a file gets this many, too.
 PORTS = 10
-
-# Seconds for who reads to go on reading, when an interruption finds that it does not.
-PATIENCE = 1.0
 
 # ECMA-48: erase the display from the cursor on.
 ERASE = "\x1b[J"
@@ -146,13 +142,3 @@ def pieces(lines: Sequence[str]) -> Iterator[str]:
             piece, size = [], len(line) + 1
         piece.append(line)
     yield "\n".join(piece)
-
-
-def is_stuck() -> bool:
-    """Whether nobody takes what is on its way to the standard output."""
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), select.POLLOUT)
-    except io.UnsupportedOperation:  # it is in memory
-        return False
-    return not poll.poll(PATIENCE * 1000)
