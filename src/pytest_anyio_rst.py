@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from anyio_rst import Connection
-    from anyio_rst.testing import Capture, Peer
+    from anyio_rst.testing import Capture, Peer, Proxy
 
 
 @pytest.fixture
@@ -45,6 +45,17 @@ def rst_connect() -> Callable[..., AbstractAsyncContextManager[Peer, None]]:
     from anyio_rst.testing import connect_peer
 
     return connect_peer
+
+
+@pytest.fixture
+def rst_proxy() -> Callable[..., Proxy]:
+    """`anyio_rst.testing.open_proxy`: `async with rst_proxy(port) as proxy:`
+
+    In a test that is not async, `with rst_proxy(port) as proxy:`.
+    """
+    from anyio_rst.testing import open_proxy
+
+    return open_proxy
 
 
 @pytest.fixture

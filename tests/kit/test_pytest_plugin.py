@@ -58,6 +58,14 @@ SUITE = """
                 listener.accept()[0].close()
                 await assert_fin(peer, b"")
 
+    async def test_proxy(rst_peer, rst_connect, rst_proxy):
+        import socket
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            async with rst_proxy(listener.getsockname()[1]) as proxy:
+                proxy.cut(kind="rst")
+                async with rst_connect(proxy.port) as peer:
+                    await assert_rst(peer)
+
     async def test_failure(rst_peer):
         async with rst_peer() as (conn, peer):
             pass
@@ -77,6 +85,19 @@ SEGMENTS = """
 """
 
 
+BLOCKING = """
+    import socket
+
+    def test_proxy(rst_proxy):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            with rst_proxy(listener.getsockname()[1]) as proxy:
+                proxy.cut(kind="fin")
+                address = ("127.0.0.1", proxy.port)
+                with socket.create_connection(address, 10) as client:
+                    assert client.recv(1) == b""
+"""
+
+
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
     # What the suite leaves open fails it; what its plugins deprecate does not.
     strict = [
@@ -90,7 +111,7 @@ def test_with_anyio_s_plugin(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(SUITE.replace("MARK", "anyio"))
     result = run(pytester, *ANYIO)
-    result.assert_outcomes(passed=9, failed=3)
+    result.assert_outcomes(passed=12, failed=3)
     told = "*AssertionError: expected RST; got FIN after 0 bytes"
     result.stdout.fnmatch_lines([told] * 3)
 
@@ -98,13 +119,18 @@ def test_with_anyio_s_plugin(pytester: pytest.Pytester) -> None:
 def test_with_pytest_trio(pytester: pytest.Pytester) -> None:
     pytest.importorskip("pytest_trio")
     pytester.makepyfile(SUITE.replace("MARK", "trio"))
-    run(pytester, *TRIO).assert_outcomes(passed=3, failed=1)
+    run(pytester, *TRIO).assert_outcomes(passed=4, failed=1)
 
 
 def test_with_pytest_asyncio(pytester: pytest.Pytester) -> None:
     pytest.importorskip("pytest_asyncio")
     pytester.makepyfile(SUITE.replace("MARK", "asyncio"))
-    run(pytester, *ASYNCIO).assert_outcomes(passed=3, failed=1)
+    run(pytester, *ASYNCIO).assert_outcomes(passed=4, failed=1)
+
+
+def test_proxy_without_a_plugin_for_async_tests(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(BLOCKING)
+    run(pytester, *ALONE).assert_outcomes(passed=1)
 
 
 def test_segments_are_captured_or_the_test_is_skipped(
@@ -166,6 +192,6 @@ def test_the_examples_do_what_they_say(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("\n".join(blocks))
     result = run(pytester, *ANYIO)
     outcomes = result.parseoutcomes()
-    # The last is skipped where there is no CAP_NET_RAW.
-    assert outcomes.pop("passed") + outcomes.pop("skipped", 0) == 21
+    # One is skipped where there is no CAP_NET_RAW.
+    assert outcomes.pop("passed") + outcomes.pop("skipped", 0) == 25
     assert not outcomes

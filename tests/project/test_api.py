@@ -118,6 +118,14 @@ anyio_rst.testing.Peer.close()
 anyio_rst.testing.Peer.stop_reading()
 anyio_rst.testing.Peer.receive_exactly(size, *, timeout=10.0)
 anyio_rst.testing.Peer.read_to_end(*, timeout=10.0)
+anyio_rst.testing.Proxy: builtins.object
+anyio_rst.testing.Proxy.connections
+anyio_rst.testing.Proxy.cut(*, after=0, kind='fin', direction='down', every=1,
+    close_notify=False)
+anyio_rst.testing.Proxy.mend()
+anyio_rst.testing.Proxy.slow(*, delay=0.0, rate=None, chunk=None)
+anyio_rst.testing.ProxyConnection(number, client, up, down, client_end, upstream_end,
+    first_end, cut, cut_direction, error, aborted, duration): builtins.object
 anyio_rst.testing.Seen(data, close, elapsed=0.0): builtins.object
 anyio_rst.testing.Segment(direction, other_port, flags, sequence, length):
     builtins.object
@@ -138,6 +146,7 @@ anyio_rst.testing.open_pair(*, host='127.0.0.1', finish_on=(), drain=Drain(timeo
     max_bytes=None, total=None))
 anyio_rst.testing.open_peer(*, host='127.0.0.1', finish_on=(), drain=Drain(timeout=5.0,
     max_bytes=None, total=None), faults=None, small_buffers=False)
+anyio_rst.testing.open_proxy(port, *, host='127.0.0.1')
 anyio_rst.lowlevel.arm(sock)
 anyio_rst.lowlevel.disarm(sock)
 anyio_rst.lowlevel.finish(sock)
@@ -190,6 +199,7 @@ MADE_HERE = (
     anyio_rst.TLSSession,
     asyncio_streams.Streams,
     testing.Capture,
+    testing.Proxy,
     trio_streams.SocketOptions,
     trio_streams.TrioStream,
     trio_streams.TrioTLSStream,
@@ -269,7 +279,13 @@ def public_names(module: ModuleType) -> set[str]:
 def test_the_fixtures_and_the_command_are_frozen() -> None:
     imported = {"TYPE_CHECKING", "annotations", "pytest"}
     fixtures = public_names(pytest_anyio_rst) - imported
-    assert fixtures == {"rst_connect", "rst_pair", "rst_peer", "rst_segments"}
+    assert fixtures == {
+        "rst_connect",
+        "rst_pair",
+        "rst_peer",
+        "rst_proxy",
+        "rst_segments",
+    }
     points = {
         (point.group, point.name, point.value)
         for point in distribution("anyio_rst").entry_points

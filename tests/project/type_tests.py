@@ -56,6 +56,8 @@ from anyio_rst.testing import (
     Direction,
     Faults,
     Peer,
+    Proxy,
+    ProxyConnection,
     Seen,
     Segment,
     TCPFlag,
@@ -65,6 +67,7 @@ from anyio_rst.testing import (
     connect_peer,
     open_pair,
     open_peer,
+    open_proxy,
 )
 
 if TYPE_CHECKING:
@@ -252,6 +255,21 @@ async def use_peer(port: int) -> Seen:
     async with connect_peer(port, host="::1", receive_buffer=1) as peer:
         assert_type(peer, Peer)
         return await peer.read_to_end()
+
+
+async def use_proxy(port: int) -> PeerClose:
+    async with open_proxy(port, host="example.org") as proxy:
+        assert_type(proxy, Proxy)
+    with open_proxy(port) as proxy:
+        assert_type(proxy, Proxy)
+        assert_type(proxy.port, int)
+        assert_type(proxy.address, tuple[str, int])
+        assert_type(proxy.cut(after=1, kind="silence", direction="up", every=2), None)
+        assert_type(proxy.cut(close_notify=True), None)
+        assert_type(proxy.slow(delay=0.1, rate=1, chunk=1), None)
+        assert_type(proxy.mend(), None)
+        assert_type(proxy.connections, tuple[ProxyConnection, ...])
+        return proxy.connections[0].client_end
 
 
 def use_capture(port: int) -> Segment | None:

@@ -18,6 +18,8 @@ from ._capture import (
 from ._faults import Faults
 from ._observer import Peer, Seen, connect_peer
 from ._pair import open_pair, open_peer
+from ._proxy import Proxy, open_proxy
+from ._relay import ProxyConnection
 
 __all__ = [
     "Capture",
@@ -25,6 +27,8 @@ __all__ = [
     "Direction",
     "Faults",
     "Peer",
+    "Proxy",
+    "ProxyConnection",
     "Seen",
     "Segment",
     "TCPFlag",
@@ -34,6 +38,7 @@ __all__ = [
     "connect_peer",
     "open_pair",
     "open_peer",
+    "open_proxy",
 ]
 
 for _name in __all__:
