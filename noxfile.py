@@ -74,8 +74,9 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def interop(session: nox.Session) -> None:
-    """Measure what becomes of a reset in nginx and HAProxy, and what clients say."""
+    """Measure who notices a cut, and what becomes of a reset in nginx and HAProxy."""
     session.install(".", *group("interop"))
+    session.run("python", "-m", "interop.cuts", *session.posargs)
     session.run("python", "-m", "interop.run", *session.posargs)
 
 

@@ -85,15 +85,23 @@ def judged(received: bytes, ending: str) -> Told:
     return Told(ending, size, noticed=not complete)
 
 
-def by_command(*command: str | Path, message: str, given: bytes = b"") -> Told:
-    """*message* is the pattern of what is essential in what it says of a failure."""
+def by_command(
+    *command: str | Path,
+    message: str,
+    given: bytes = b"",
+    more: dict[str, str] | None = None,
+) -> Told:
+    """*message* is the pattern of what is essential in what it says of a failure.
+
+    *more* is for its environment.
+    """
     done = subprocess.run(
         command,
         input=given,
         capture_output=True,
         timeout=PATIENCE,
         check=False,
-        env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C", **(more or {})},
     )
     said = f"exit {done.returncode}"
     if done.returncode:

@@ -188,11 +188,11 @@ def tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def filled(page: str, content: str) -> str:
+def filled(page: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """*page* with *content* between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{content}\n\n{END}{after}"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n\n{end}{after}"
 
 
 def written(results: Results) -> str:

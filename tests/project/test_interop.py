@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from contextlib import contextmanager
@@ -14,7 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from interop import clients, proxies, report, run  # noqa: E402
+from interop import (  # noqa: E402
+    clients,
+    cut_clients,
+    cut_servers,
+    cuts,
+    proxies,
+    report,
+    run,
+)
 from interop.results import (  # noqa: E402
     ANSWERS,
     CHUNKS,
@@ -169,3 +178,93 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         run.check_programs()
     packages = "nginx haproxy curl wget netcat-openbsd openssl libnginx-mod-stream"
     assert str(caught.value).endswith(f"on Debian: apt-get install {packages}")
+
+
+# Cut in the middle.
+
+
+@pytest.fixture(scope="module")
+def cut() -> cuts.Cuts:
+    return cuts.load()
+
+
+def test_page_shows_the_cuts(cut: cuts.Cuts) -> None:
+    assert report.PAGE.read_text() == cuts.written(cut)
+    assert "/tmp" not in cuts.RESULTS.read_text()
+
+
+def test_cuts_are_those_of_a_full_run(cut: cuts.Cuts) -> None:
+    ends = ["whole", *cuts.ENDS]
+    expected = [
+        *(
+            (name, body, end)
+            for name in cut_clients.HTTP
+            for body in cuts.BODIES
+            for end in ends
+        ),
+        *itertools.product(cut_clients.OTHERS, [""], ends),
+    ]
+    assert [(cell.client, cell.body, cell.end) for cell in cut.cells] == expected
+    assert not cut.left_out
+    assert {len(cell.told) for cell in cut.cells} == {int(cut.about["rounds"])}
+
+
+def test_what_was_not_cut_was_whole(cut: cuts.Cuts) -> None:
+    for cell in cut.cells:
+        assert cuts.is_whole(cell) is (cell.end == "whole"), cell
+
+
+def who(cut: cuts.Cuts, body: str, end: str) -> set[str]:
+    """Who notices; and that everybody does so always or never."""
+    found = [cell for cell in cut.cells if (cell.body, cell.end) == (body, end)]
+    assert all(cell.noticed is not None for cell in found)
+    return {cell.client for cell in found if cell.noticed}
+
+
+def test_what_the_page_says_of_cuts(cut: cuts.Cuts) -> None:
+    everybody = set(cut_clients.HTTP)
+    wget, fetch = "wget --tries=1", "fetch of Node"
+    assert who(cut, "close", "fin") == set()
+    assert who(cut, "length", "fin") == everybody
+    assert who(cut, "chunked", "fin") == everybody - {wget}
+    assert who(cut, "chunked-close", "fin") == everybody - {wget, fetch}
+    assert who(cut, "tls", "fin") == {wget}
+    assert who(cut, "close-notify", "fin") == set()
+    assert who(cut, "close", "rst") == everybody - {"aiohttp", fetch}
+    assert who(cut, "length", "rst") == who(cut, "chunked", "rst") == everybody
+    assert who(cut, "chunked-close", "rst") == everybody - {fetch}
+    for body in ("tls", "close-notify"):
+        assert who(cut, body, "rst") == {"curl", wget}
+    assert who(cut, "", "fin") == {"psycopg", "asyncpg", "redis-py"}
+    assert who(cut, "", "rst") == {"psycopg", "asyncpg", "redis-py", "ftplib"}
+
+
+@pytest.mark.parametrize("end", ["whole", "fin", "rst"])
+def test_cuts_are_measured(end: str, tmp_path: Path) -> None:
+    """With clients that are always there."""
+    certificate = run.certify(tmp_path)
+    with cut_servers.http(certificate) as ports:
+        for body in cuts.BODIES:
+            how = "urllib.request", body, end, ports, certificate
+            told = cuts.ask_over_http(*how)
+            if body == "length":
+                assert told.noticed is (end != "whole")
+            if body == "close" and end == "fin":
+                assert told.size is not None
+                assert 0 < told.size < cut_servers.BODY
+    with cut_servers.ftp(tmp_path) as port:
+        assert cuts.ask_another("ftplib", end, port).noticed is (end == "rst")
+
+
+def test_who_is_not_there_is_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cut_servers, "find", lambda _: None)
+    monkeypatch.setattr(cut_clients, "is_missing", lambda _: True)
+    assert cut_clients.why_not("curl") == "curl is not installed"
+    assert cut_clients.why_not("redis-py") == "redis is not installed"
+    assert cut_clients.why_not("ftplib") is None
+    for server in (cut_servers.redis, cut_servers.postgresql):
+        with pytest.raises(cut_servers.Unavailable, match="no "):
+            with server(tmp_path):
+                pass
