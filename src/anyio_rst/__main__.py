@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from .commands import demo, probe, watch
+from .commands import demo, probe, proxy, watch
 from .commands._interruption import Interrupted, interruption
 from .commands._output import NOT_READ, Parser, Unwritable, Version, complain
 
@@ -69,6 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     probe.add_arguments(probe_parser)
     probe_parser.set_defaults(run=probe.run)
+    proxy_parser = commands.add_parser(
+        "proxy",
+        help="show whether a client notices a connection that is cut",
+        description=proxy.__doc__,
+    )
+    proxy.add_arguments(proxy_parser)
+    proxy_parser.set_defaults(run=proxy.run)
     watch_parser = commands.add_parser(
         "watch",
         help="show how the connections of this machine end, and by whom",

@@ -26,7 +26,7 @@ from serving import LONG
 
 PROGRAM = [sys.executable, "-m", "anyio_rst"]
 
-COMMANDS = ["demo", "probe", "watch"]
+COMMANDS = ["demo", "probe", "proxy", "watch"]
 
 HELP = [["--help"], *([command, "--help"] for command in COMMANDS)]
 
@@ -83,8 +83,10 @@ def answered(argv: list[str]) -> Iterator[list[str]]:
         answering.join(LONG)
 
 
+PROXY = ["proxy", "0", "127.0.0.1", "1"]
+
 each_output = pytest.mark.parametrize(
-    "argv", [*HELP, ["--version"], ["demo"], ["probe"]], ids=" ".join
+    "argv", [*HELP, ["--version"], ["demo"], ["probe"], PROXY], ids=" ".join
 )
 
 
