@@ -80,7 +80,7 @@ class Lifecycle:
         """What users keep with the connection."""
         self.server: Stoppable | None = None
         """Who has accepted the connection."""
-        self.thread = get_ident()
+        self.thread: int = get_ident()
         """Where its event loop runs."""
         self._is_sending_fin = False
         self._is_cut_short = False
