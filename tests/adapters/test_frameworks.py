@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,15 @@ def process_of(arguments: list[str], **options: Any) -> Iterator[Process]:
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": path},
         text=True,
+        start_new_session=True,
         **options,
     ) as process:
         try:
             yield process
         finally:
-            process.kill()
+            # hypercorn's worker, too, which a killed parent leaves behind.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module", params=SERVERS)

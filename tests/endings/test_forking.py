@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,7 @@ def test_killed_parent_resets_while_its_child_lives(
             [sys.executable, script, loop, kind, way, str(control.fileno())],
             stdout=subprocess.PIPE,
             pass_fds=[control.fileno()],
+            start_new_session=True,
         ) as parent,
     ):
         control.close()
@@ -292,4 +294,5 @@ def test_killed_parent_resets_while_its_child_lives(
                 assert parent.stdout.readline() == b"alive?\n"
                 assert (copies, child != parent.pid) == (0, True)
         finally:
-            parent.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)  # a pool's child never ends
