@@ -13,8 +13,16 @@ from .commands._output import NOT_READ, Parser, Unwritable, Version, complain
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from types import ModuleType
 
 PROGRAM = "anyio-rst"
+
+SUMMARIES: dict[ModuleType, str] = {
+    demo: "show how each way out of a handler ends, without and with anyio_rst",
+    probe: "show how a server ends its connections",
+    proxy: "show whether a client notices a connection that is cut",
+    watch: "show how the connections of this machine end, and by whom",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,34 +63,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo_parser = commands.add_parser(
-        "demo",
-        help="show how each way out of a handler ends, without and with anyio_rst",
-        description=demo.__doc__,
-    )
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=demo.run)
-    probe_parser = commands.add_parser(
-        "probe",
-        help="show how a server ends its connections",
-        description=probe.__doc__,
-    )
-    probe.add_arguments(probe_parser)
-    probe_parser.set_defaults(run=probe.run)
-    proxy_parser = commands.add_parser(
-        "proxy",
-        help="show whether a client notices a connection that is cut",
-        description=proxy.__doc__,
-    )
-    proxy.add_arguments(proxy_parser)
-    proxy_parser.set_defaults(run=proxy.run)
-    watch_parser = commands.add_parser(
-        "watch",
-        help="show how the connections of this machine end, and by whom",
-        description=watch.__doc__,
-    )
-    watch.add_arguments(watch_parser)
-    watch_parser.set_defaults(run=watch.run)
+    for command, summary in SUMMARIES.items():
+        name = command.__name__.rpartition(".")[2]
+        added = commands.add_parser(name, help=summary, description=command.__doc__)
+        command.add_arguments(added)
+        added.set_defaults(run=command.run)
     return parser.parse_args(argv)
 
 

@@ -41,14 +41,20 @@ def test_guide_shows_the_example(page: str, name: str) -> None:
     assert f"<!-- examples/{name}.py -->\n" in text
 
 
-@loops
-def test_line_protocol(loop: str, tmp_path: Path) -> None:
-    port = free_port()
+def certificate(directory: Path) -> tuple[Path, ssl.SSLContext]:
+    """A certificate with its key, in a file, and a client's context that trusts it."""
     authority = trustme.CA()
-    pem = tmp_path / "cert.pem"
+    pem = directory / "server.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
     trusting = ssl.create_default_context()
     authority.configure_trust(trusting)
+    return pem, trusting
+
+
+@loops
+def test_line_protocol(loop: str, tmp_path: Path) -> None:
+    port = free_port()
+    pem, trusting = certificate(tmp_path)
     with running([*example("line_protocol.py", loop), str(port), str(pem)]) as process:
         with connect(port, process) as sock:
             sock.sendall(b"EXPLAIN EPIPE\r\nSTARTTLS\r\n")
@@ -68,11 +74,7 @@ NAMES = [("Ada", b"Hello, ADA", True), ("Zoë", b"Hello, ", False)]
 @loops
 def test_tls_server(loop: str, tmp_path: Path) -> None:
     port = free_port()
-    authority = trustme.CA()
-    pem = tmp_path / "server.pem"
-    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
+    pem, trusting = certificate(tmp_path)
     with running([*example("tls_server.py", loop, port=port), str(pem)]) as process:
         for name, answer, is_whole in NAMES:
             with trusting.wrap_socket(
