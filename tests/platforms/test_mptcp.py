@@ -23,6 +23,7 @@ import anyio.abc
 import pytest
 import trustme
 from anyio.abc import SocketAttribute
+from test_demo import table
 
 from anyio_rst import (
     Cause,
@@ -605,6 +606,9 @@ async def test_epipe_is_the_reset_that_it_is(client: int) -> None:
 
 MPTCPIZE = Path("/usr/bin/mptcpize")
 
+# Where a receive buffer is full the kernel may stop, or lose the RST: docs/platforms.md.
+MAY_STALL = {"returns during an upload", "cuts a send short"}
+
 
 @pytest.mark.skipif(not MPTCPIZE.exists(), reason="there is no mptcpize")
 def test_the_demo_under_mptcpize() -> None:
@@ -612,7 +616,12 @@ def test_the_demo_under_mptcpize() -> None:
         [MPTCPIZE, "run", sys.executable, "-m", "anyio_rst", "demo"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    verdicts = {name: cells[-1] for name, cells in table(done.stdout).items()}
+    assert set(verdicts) >= MAY_STALL
+    told = {verdict for name, verdict in verdicts.items() if name not in MAY_STALL}
+    assert told == {"true"}
+    assert {verdicts[name] for name in MAY_STALL} <= {"true", "?"}
