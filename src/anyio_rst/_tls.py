@@ -146,7 +146,7 @@ class SecureStream:
             self._receiving = False
 
     async def _receive_arrived(self, engine: Engine, max_bytes: int) -> bytes:
-        """What there is, without waiting for the peer; nothing at the end as well."""
+        """What has arrived, without waiting for the peer; b"" at the end as well."""
         if self._broken is not None or self.session is None:
             return b""
         data, self._ahead = self._ahead, b""

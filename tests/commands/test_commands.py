@@ -176,6 +176,16 @@ def test_nothing_is_coloured_but_on_a_terminal() -> None:
     assert "\x1b" not in err
 
 
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the standard error gets of a command line that is wrong."""
+    with pytest.raises(SystemExit) as exited:
+        __main__.main(argv)
+    assert exited.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
 # Signals.
 
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from test_commands import refusal
 
 from anyio_rst import __main__
 from anyio_rst.commands import _demo_clients, _demo_processes, demo
@@ -195,11 +196,7 @@ def test_loop_that_is_not_installed_is_an_error(
 def test_wrong_command_line_is_an_error(
     argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exited:
-        __main__.main(argv)
-    assert exited.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    err = refusal(argv, capsys)
     assert err.startswith("usage: anyio-rst")
 
 

@@ -33,6 +33,7 @@ import pytest
 import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_commands import refusal
 from test_model import PROFILE
 from test_readme import GREETING, connect, running
 
@@ -1016,11 +1017,7 @@ TYPED = [
 def test_what_to_type_instead(
     argv: list[str], instead: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exited:
-        __main__.main(["probe", *argv])
-    assert exited.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    err = refusal(["probe", *argv], capsys)
     assert err.splitlines()[-1].endswith(f": type {instead}")
     if "PORT" not in instead:
         typed = __main__.parse(["probe", *instead.split()])
@@ -1112,11 +1109,7 @@ NO_SECONDS = "must be a number of seconds above 0, and a day at most"
 def test_wrong_arguments(
     argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exited:
-        __main__.main(["probe", *argv])
-    assert exited.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    err = refusal(["probe", *argv], capsys)
     assert err.splitlines()[-1] == f"anyio-rst probe: error: {line}"
 
 

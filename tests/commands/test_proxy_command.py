@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_commands import refusal
 from test_model import PROFILE
 from test_readme import WORKER, connect, running
 from test_rst_proxy import BODY, HEADS, curl, http_server, read_exactly
@@ -262,11 +263,7 @@ WHOLE = "must be a whole number, {} at least, not {!r}"
 def test_wrong_arguments(
     options: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exited:
-        __main__.main(["proxy", "0", "h", "80", *(f"{'='.join(options)}",)])
-    assert exited.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    err = refusal(["proxy", "0", "h", "80", *(f"{'='.join(options)}",)], capsys)
     assert err.splitlines()[-1] == f"anyio-rst proxy: error: {line}"
 
 

@@ -26,6 +26,7 @@ import pytest
 from cutting import OUR_ADDRESS, PEERS_ADDRESS, cable, carry, link, on_machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_commands import refusal
 from test_model import PROFILE
 from test_probe import NO_SECONDS
 from test_readme import GREETING, connect, free_port, running
@@ -715,11 +716,7 @@ def test_as_many_ports_as_there_may_be() -> None:
 def test_wrong_arguments(
     argv: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exited:
-        __main__.main(["watch", *argv])
-    assert exited.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    err = refusal(["watch", *argv], capsys)
     assert err.splitlines()[-1].endswith(f"error: {line}")
 
 

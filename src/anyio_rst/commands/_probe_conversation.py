@@ -43,7 +43,7 @@ INPUT_ENDS = 0.5
 
 
 class Unreadable(Exception):
-    """What there is to send cannot be read."""
+    """The request cannot be read from its file."""
 
 
 class Conversation:

@@ -1,7 +1,7 @@
 """`probe`: how a server ends its connections.
 
-Connect, send what there is to send, read to the end, and tell what that was: FIN, RST,
-TLS with or without a close_notify, or nothing of that in time.
+Connect, send a request if there is one, read to the end, and tell what that was: FIN,
+RST, TLS with or without a close_notify, or nothing of that in time.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def pass_on(proxy: Proxy, arguments: argparse.Namespace, lines: Lines) -> None:
         where = joined(*arguments.listen)
         tell(f"cannot listen on {where}: {reason_of(exc)}")
     except UnicodeError:
-        tell(f"{arguments.listen[0]!r} has not the form of a host name")
+        tell(f"{arguments.listen[0]!r} is not a valid host name")
     except Interrupted:
         while not ended.empty():
             lines.add(ended.get(), last=True)

@@ -63,7 +63,7 @@ class Watch:
                 left = deadline - time.monotonic()
 
     def look(self, *, last: bool = False) -> None:
-        """What there is by now."""
+        """Count the packets that have come by now, and show what has ended."""
         count = lost = 0
         now = time.time()
         # It is interrupted once, and that is over when this is the last look.
