@@ -668,12 +668,21 @@ async def test_who_only_sends_may_be_idle() -> None:
 
 async def test_a_send_that_idle_cuts_is_torn() -> None:
     """The wait is for a request; what is sent in it is not complete."""
-    async with open_peer(small_buffers=True) as (conn, peer):
-        peer.stop_reading()
-        with conn.idle(0.05) as idle:
+    cut: list[bool] = []
+
+    async def handler(conn: Connection) -> None:
+        with conn.idle() as idle:
             await conn.send(bytes(10_000_000))
-        assert idle.timed_out
-    await assert_reset(conn, peer, Cause.TORN_SEND)
+        cut.append(idle.ended)
+
+    async with stopped_at_last(handler) as service:
+        with Peer(service.server.port, buffer=4096) as peer:
+            assert await peer.receive(1)  # some of it has been sent
+            await settled()
+            service.server.stop()
+            assert (await peer.read_to_end()).close is PeerClose.RST
+    assert cut == [True]
+    assert service.causes == {(CloseKind.RST, Cause.TORN_SEND)}
 
 
 def test_in_a_nursery_of_trio() -> None:
