@@ -17,7 +17,15 @@ from outcome import Error, Value
 
 from . import _sockets, _tcp_info, lowlevel
 from ._asyncio_between import Between, Writer
-from ._ending import KIND_OF, Cause, CloseKind, Ending, TLSSession, cause_of_exit, left_by
+from ._ending import (
+    KIND_OF,
+    Cause,
+    CloseKind,
+    Ending,
+    TLSSession,
+    cause_of_exit,
+    exception_leaving,
+)
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain
 from ._native import NativeStream
@@ -83,7 +91,7 @@ class Course:
         if self.is_closing or self._life.cause is not None:
             return
         self.is_closing = True
-        if left_by(None, self.at_entry) is None:
+        if exception_leaving(None, self.at_entry) is None:
             finish = self._finish(Cause.CLOSED, None)
             self._finishing = asyncio.get_running_loop().create_task(finish)
 
@@ -106,7 +114,7 @@ class Course:
         if not by_peer and self._closed_outside is Cause.ABORTED:
             self._reset(Cause.ABORTED, None)
 
-    async def conclude(self, exc: BaseException | None) -> None:
+    async def end(self, exc: BaseException | None) -> None:
         """The body has been left by *exc*."""
         outcome = Value(None) if exc is None else Error(exc)
         cause = cause_of_exit(exc, self._finish_on)

@@ -23,7 +23,7 @@ from ._ending import (
     CloseKind,
     Ending,
     cause_of_exit,
-    left_by,
+    exception_leaving,
     verdict,
 )
 from ._idle import Idle
@@ -268,7 +268,7 @@ class Connection(Conversation):
     ) -> None:
         # AsyncResource would call aclose(), which is FIN, however the block was left.
         try:
-            exc = left_by(exc_val, self._at_entry)
+            exc = exception_leaving(exc_val, self._at_entry)
             self._at_entry = None
             await self._end(cause_of_exit(exc, self._finish_on))
         except BaseException as exc:

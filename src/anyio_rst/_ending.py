@@ -130,7 +130,7 @@ def all_leaves(
     return True
 
 
-def left_by(
+def exception_leaving(
     exc: BaseException | None, at_entry: BaseException | None
 ) -> BaseException | None:
     """What a block was left by: *exc*, or what began in it and is still being handled.

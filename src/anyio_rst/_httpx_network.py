@@ -16,7 +16,7 @@ from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from ._connect import connect_tcp
-from ._ending import left_by
+from ._ending import exception_leaving
 from ._limits import Drain
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class NetworkStream(httpcore.AsyncNetworkStream):
     def _is_success(self) -> bool:
         """Whether whoever closes it now is not just giving up."""
         is_cancelled = anyio.current_effective_deadline() == -math.inf
-        return not is_cancelled and left_by(None, self._at_change) is None
+        return not is_cancelled and exception_leaving(None, self._at_change) is None
 
     async def start_tls(
         self,

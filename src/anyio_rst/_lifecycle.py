@@ -47,9 +47,9 @@ class Lifecycle:
     """
 
     __slots__ = (
-        "_is_cut_short",
         "_is_sending_fin",
         "_over",
+        "_skips_drain",
         "buffers",
         "cause",
         "ending",
@@ -83,7 +83,7 @@ class Lifecycle:
         self.thread: int = get_ident()
         """Where its event loop runs."""
         self._is_sending_fin = False
-        self._is_cut_short = False
+        self._skips_drain = False
         self._over: Event | None = None
 
     def add_buffer(self, buffer: BufferedByteReceiveStream) -> None:
@@ -113,9 +113,9 @@ class Lifecycle:
         if self.cause is None:
             self.cause = cause
         elif cause is Cause.CANCELLED and self._is_sending_fin:
-            self._is_cut_short = True  # which is about to be done, and is no waiting
+            self._skips_drain = True  # which is about to be done, and is no waiting
             return
-        self.cut_short(outcome)
+        self.close(outcome)
 
     async def finish(
         self, cause: Cause, outcome: Value[object] | Error | None, drain: Drain | None
@@ -128,7 +128,7 @@ class Lifecycle:
                 with CancelScope(shield=True):
                     while self._is_sending_fin:
                         await checkpoint()  # a TLS session needs some to end
-                self.cut_short(outcome)
+                self.close(outcome)
             return
         if self.leaving is not None:
             cause, drain = self.leaving
@@ -137,7 +137,7 @@ class Lifecycle:
             self._is_sending_fin = True
             await self.stream.send_fin()
             self._is_sending_fin = False
-            if drain is not None and not self._is_cut_short:
+            if drain is not None and not self._skips_drain:
                 with suppress(ClosedResourceError):  # another task cut it short
                     await self.native.drain(drain)
         except BaseException as exc:
@@ -146,9 +146,9 @@ class Lifecycle:
             raise
         finally:
             self._is_sending_fin = False
-            self.cut_short(outcome)
+            self.close(outcome)
 
-    def cut_short(self, outcome: Value[object] | Error | None) -> None:
+    def close(self, outcome: Value[object] | Error | None) -> None:
         """Finishing or not: this is the end.
 
         It may be interrupted anywhere by an exception of a signal handler, and is

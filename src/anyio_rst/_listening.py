@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import socket
 import ssl
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from anyio import create_tcp_listener
 from anyio.abc import SocketAttribute
 
-from . import _sockets
+from . import _forking, _sockets, _tcp_info
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
@@ -95,3 +96,57 @@ def check_reuse_port(reuse_port: object) -> None:
         raise TypeError(f"reuse_port must be True or False, not {reuse_port!r}")
     if reuse_port and not _sockets.CAN_REUSE_PORT:
         raise ValueError("reuse_port: this platform has no SO_REUSEPORT")
+
+
+class Inherited(enum.Enum):
+    """Whether accepted connections are armed, because their listening socket is."""
+
+    NO = enum.auto()
+    NOT_YET = enum.auto()  # who waits may have connected before the socket was armed
+    UNKNOWN = enum.auto()  # the next connection shows whether the kernel does it at all
+    YES = enum.auto()
+
+
+class Listener:
+    """A listening socket of a server."""
+
+    __slots__ = ("_inherited", "_keepalive", "sock", "waiting")
+
+    def __init__(
+        self, sock: socket.socket, keepalive: float | None, *, is_own: bool
+    ) -> None:
+        self.sock = sock
+        self.waiting: int | None = None
+        """Once the server stops: how many are still to be accepted."""
+        self._keepalive = keepalive
+        arms = _sockets.prepare_listener(sock, keepalive, is_own=is_own)
+        self._inherited = Inherited.NOT_YET if arms else Inherited.NO
+
+    def accept(self) -> tuple[socket.socket, tuple[str, int]] | None:
+        """The next connection, armed, and its peer's address; None if nobody waits.
+
+        Raises:
+          OSError: for want of a descriptor or memory (CAPACITY_ERRNOS), or the connection
+            was lost while it waited (LOST_CLIENT_ERRNOS); see accept(2).
+        """
+        try:
+            with _forking.lock:
+                sock, address = self.sock.accept()
+                _forking.own(sock)
+        except BlockingIOError:
+            if self._inherited is Inherited.NOT_YET:
+                self._inherited = Inherited.UNKNOWN
+            return None
+        if self.waiting:
+            self.waiting -= 1
+        if self._inherited is Inherited.UNKNOWN:
+            does = _sockets.has_inherited(sock, self.sock)
+            self._inherited = Inherited.YES if does else Inherited.NO
+        if self._inherited is not Inherited.YES:
+            _sockets.prepare_accepted(sock, self._keepalive)
+        return sock, _sockets.host_and_port(address)
+
+    def count_waiting(self) -> None:
+        """From now on nobody but those who have connected is to be accepted."""
+        size = _tcp_info.backlog(self.sock)
+        self.waiting = socket.SOMAXCONN if size is None else size

@@ -11,10 +11,10 @@ from anyio import ClosedResourceError
 from anyio.abc import ByteStream
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from ._conclusion import conclude, conclude_failed, run
+from ._body import body_raised, body_returned, run
 from ._connection import Connection
 from ._conversation import ConnectionAttribute
-from ._ending import check_finish_on, left_by
+from ._ending import check_finish_on, exception_leaving
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_keepalive
 from ._takeover import Source, attributes_of, discard, is_anyios, put_under
@@ -218,12 +218,12 @@ class ConnectionScope:
         exc_tb: TracebackType | None,
     ) -> None:
         try:
-            exc = left_by(exc_val, self._at_entry)
+            exc = exception_leaving(exc_val, self._at_entry)
             self._at_entry = None
             if exc is None:
-                await conclude(self._connection, None)
+                await body_returned(self._connection, None)
             else:
-                await conclude_failed(self._connection, exc)
+                await body_raised(self._connection, exc)
         except BaseException as exc:
             self._connection._end_after(exc)
             raise

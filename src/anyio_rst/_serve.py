@@ -204,7 +204,7 @@ async def serve_tcp(
         try:
             await server._serve(tasks, task_status)
         except BaseException:
-            server._cut_short()
+            server._reset_all()
             raise
 
 

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import math
 import os
-import socket
 import sys
 from collections import Counter
 from contextlib import suppress
@@ -26,18 +25,20 @@ from anyio import (
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from . import _forking, _sockets, _tcp_info
-from ._conclusion import conclude, conclude_failed
+from . import _sockets
+from ._body import body_raised, body_returned
 from ._connection import Connection
 from ._ending import Cause, CloseKind, all_leaves
 from ._failures import FailureLog, HandshakeFailed, drop_frames, logger
 from ._handlers import HandlerTasks
 from ._limits import check_thread
+from ._listening import Listener
 from ._native import NativeStream
 from ._statistics import ServerStatistics, Totals
 from ._takeover import is_trio
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
     from typing import TypeAlias
 
@@ -83,11 +84,9 @@ class Server:
         """(host, port) of each listening socket."""
         self.port: int = self.addresses[0][1]
         """The port of the first of :attr:`addresses`, and usually of all."""
-        self._sockets = sockets
         self._handler = handler
         self._finish_on = finish_on
         self._drain = drain
-        self._keepalive = keepalive
         self._max_connections = (
             sys.maxsize if max_connections is None else max_connections
         )
@@ -98,18 +97,7 @@ class Server:
         self._accepted = 0
         self._endings: Counter[tuple[CloseKind, Cause]] = Counter()
         self._accepting = CancelScope()
-        # Listening sockets that should arm what they accept. Who connected before they
-        # did so is armed by itself, until the backlog has been empty. The next one after
-        # that shows if the kernel does it at all.
-        self._arming = {
-            sock
-            for sock in sockets
-            if _sockets.prepare_listener(sock, keepalive, is_own=are_own)
-        }
-        self._emptied: set[socket.socket] = set()
-        self._passing_on: set[socket.socket] = set()
-        # How many of those that connected before it was stopped are still to be accepted.
-        self._waiting: dict[socket.socket, int] = {}
+        self._listeners = [Listener(sock, keepalive, is_own=are_own) for sock in sockets]
         # Where room or descriptors are short, the listening sockets take turns, and one
         # of them at a time says so in the log.
         self._turn = Lock(fast_acquire=True)
@@ -161,9 +149,8 @@ class Server:
         check_thread(self._thread, "Server.stop()")
         if self.stopping:
             return
-        for listener in self._sockets:
-            size = _tcp_info.backlog(listener)
-            self._waiting[listener] = socket.SOMAXCONN if size is None else size
+        for listener in self._listeners:
+            listener.count_waiting()
         self._accepting.cancel()
         for connection in self._open:
             idle = connection._life.native.idle
@@ -188,11 +175,12 @@ class Server:
                     tasks = handlers = HandlerTasks(tasks, self._lost_its_task)
                 with self._accepting:
                     async with create_task_group() as listeners:
-                        for sock in self._sockets:
-                            listeners.start_soon(self._accept, sock, tasks)
+                        for listener in self._listeners:
+                            listeners.start_soon(self._accept, listener, tasks)
                         logger.info("listening on %s", self)
                         task_status.started(self)
-                await self._serve_backlogs(tasks)
+                for listener in self._listeners:
+                    await self._serve_backlog(listener, tasks)
             finally:
                 self._stop_listening()
             while self._open:
@@ -208,73 +196,59 @@ class Server:
         await self._next_end.wait()
 
     def _stop_listening(self) -> None:
-        for sock in self._sockets:
-            sock.close()
+        for listener in self._listeners:
+            listener.sock.close()
 
-    def _cut_short(self) -> None:
+    def _reset_all(self) -> None:
         for connection in self.connections:
             connection._reset(Cause.CANCELLED)
 
-    async def _accept(self, listener: socket.socket, tasks: HandlersIn) -> None:
-        while True:
-            await wait_readable(listener)
-            async with self._turn:
-                while (room := self._max_connections - len(self._open)) <= 0:
-                    await self._wait_for_an_end()
-                await self._accept_up_to(min(room, ACCEPTS_PER_TURN), listener, tasks)
+    async def _room(self) -> int:
+        """Wait for room, and return for how many there is."""
+        while (room := self._max_connections - len(self._open)) <= 0:
+            await self._wait_for_an_end()
+        return min(room, ACCEPTS_PER_TURN)
 
-    async def _serve_backlogs(self, tasks: HandlersIn) -> None:
+    async def _accept(self, listener: Listener, tasks: HandlersIn) -> None:
+        while True:
+            await wait_readable(listener.sock)
+            async with self._turn:
+                await self._accept_up_to(await self._room(), listener, tasks)
+
+    async def _serve_backlog(self, listener: Listener, tasks: HandlersIn) -> None:
         """Accept those who were waiting when it was stopped, and none who came later."""
-        for listener in self._sockets:
-            while (left := self._waiting[listener]) > 0:
-                while (room := self._max_connections - len(self._open)) <= 0:
-                    await self._wait_for_an_end()
-                most = min(left, room, ACCEPTS_PER_TURN)
-                may_improve = bool(self._open)  # by a descriptor that becomes free
-                is_empty = await self._accept_up_to(most, listener, tasks)
-                if is_empty or (self._waiting[listener] == left and not may_improve):
-                    break
-                await checkpoint()
+        while left := listener.waiting:
+            most = min(left, await self._room())
+            may_improve = bool(self._open)  # by a descriptor that becomes free
+            is_empty = await self._accept_up_to(most, listener, tasks)
+            if is_empty or (listener.waiting == left and not may_improve):
+                break
+            await checkpoint()
 
     async def _accept_up_to(
-        self, most: int, listener: socket.socket, tasks: HandlersIn
+        self, most: int, listener: Listener, tasks: HandlersIn
     ) -> bool:
         """Accept until the backlog is empty; return whether it is."""
-        inherits = listener in self._passing_on
-        listener.setblocking(False)  # another process that has it may have undone that
+        listener.sock.setblocking(False)  # another process that has it may have undone it
         for _ in range(most):
             try:
-                with _forking.lock:
-                    sock, address = listener.accept()
-                    _forking.own(sock)
-                    if self._waiting:
-                        self._waiting[listener] -= 1
-            except BlockingIOError:
-                if listener in self._arming:
-                    self._arming.discard(listener)
-                    self._emptied.add(listener)
-                return True
+                accepted = listener.accept()
             except OSError as exc:
-                if exc.errno in _sockets.CAPACITY_ERRNOS:
-                    logger.error(
-                        "accept: %s (%s); trying again in %s s",
-                        errno.errorcode[exc.errno],
-                        os.strerror(exc.errno),
-                        CAPACITY_RETRY,
-                    )
-                    await sleep(CAPACITY_RETRY)
-                    return False
                 if exc.errno in _sockets.LOST_CLIENT_ERRNOS:
                     continue
-                raise
-            if listener in self._emptied:
-                self._emptied.discard(listener)
-                inherits = _sockets.has_inherited(sock, listener)
-                if inherits:
-                    self._passing_on.add(listener)
-            if not inherits:
-                _sockets.prepare_accepted(sock, self._keepalive)
-            self._start(sock, _sockets.host_and_port(address), tasks)
+                if exc.errno not in _sockets.CAPACITY_ERRNOS:
+                    raise
+                logger.error(
+                    "accept: %s (%s); trying again in %s s",
+                    errno.errorcode[exc.errno],
+                    os.strerror(exc.errno),
+                    CAPACITY_RETRY,
+                )
+                await sleep(CAPACITY_RETRY)
+                return False
+            if accepted is None:
+                return True
+            self._start(*accepted, tasks)
         return False
 
     def _start(
@@ -303,17 +277,17 @@ class Server:
             try:
                 result = await self._handler(connection)
             except BaseException as exc:
-                await conclude_failed(connection, exc)
+                await body_raised(connection, exc)
                 raise
-            await conclude(connection, result)
+            await body_returned(connection, result)
         except BaseException as exc:
             connection._end_after(exc)
-            remaining = self._settle(connection, exc)
+            remaining = self._report_failure(connection, exc)
             if remaining is None or all_leaves(remaining, get_cancelled_exc_class()):
                 spent = exc
         finally:
             self._ended(connection)
-            self._report(connection)
+            self._call_on_ending(connection)
         if spent is not None:
             drop_frames(spent)
         try:
@@ -328,10 +302,10 @@ class Server:
         if connection not in self._open:
             return
         with suppress(StopIteration):  # a reset has no checkpoint
-            conclude_failed(connection, asyncio.CancelledError()).send(None)
+            body_raised(connection, asyncio.CancelledError()).send(None)
         logger.error("a handler was cancelled before it began: %r", connection)
         self._ended(connection)
-        self._report(connection)
+        self._call_on_ending(connection)
 
     def _ended(self, connection: Connection) -> None:
         self._open.discard(connection)
@@ -342,7 +316,9 @@ class Server:
             self._next_end.set()
             self._next_end = None
 
-    def _settle(self, connection: Connection, exc: BaseException) -> BaseException | None:
+    def _report_failure(
+        self, connection: Connection, exc: BaseException
+    ) -> BaseException | None:
         """Log what *exc* says of the handler; what of it has to leave the task."""
         cancelled, failure = _split_cancelled(exc)
         if cancelled is not None and current_effective_deadline() != -math.inf:
@@ -360,7 +336,7 @@ class Server:
         self._failures.report(connection, failure)
         return cancelled
 
-    def _report(self, connection: Connection) -> None:
+    def _call_on_ending(self, connection: Connection) -> None:
         if self._on_ending is not None:
             try:
                 self._on_ending(connection)

@@ -72,7 +72,7 @@ class ConnectionTaskGroup(TaskGroup):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> bool:
-        # Without an AsyncExitStack, which makes a cycle of an exception and its frames.
+        # By hand: contextlib's stacks make a cycle of an exception and its frames.
         left = exc_val
         try:
             if left is None:
@@ -81,13 +81,13 @@ class ConnectionTaskGroup(TaskGroup):
                 except BaseException as exc:
                     left = exc
             if left is not None:
-                self._left_by(left, self)
+                self._member_raised(left, self)
             try:
-                if await self._group.__aexit__(*_raised(left)):
+                if await self._group.__aexit__(*_exc_info(left)):
                     left = None
             except BaseException as exc:
                 left = exc
-            if self.cancel_scope.__exit__(*_raised(left)):
+            if self.cancel_scope.__exit__(*_exc_info(left)):
                 left = None
             if left is None or left is exc_val:
                 return left is None
@@ -109,10 +109,12 @@ class ConnectionTaskGroup(TaskGroup):
             return True
         return self._around is not None and self._around.was_stopped(life)
 
-    def _left_by(self, exc: BaseException, left: ConnectionTaskGroup | _Child) -> None:
+    def _member_raised(
+        self, exc: BaseException, member: ConnectionTaskGroup | _Child
+    ) -> None:
         cause = cause_of_exit(exc, self._finish_on)
         if cause is Cause.CANCELLED:
-            if not left.was_stopped(self._life):
+            if not member.was_stopped(self._life):
                 self._reset(Cause.CANCELLED)
             return
         if cause is not Cause.FINISH_ON:
@@ -126,7 +128,7 @@ class ConnectionTaskGroup(TaskGroup):
             return await running
         except BaseException as exc:
             if child.has_started:
-                self._left_by(exc, child)
+                self._member_raised(exc, child)
             raise
         finally:
             self._children -= 1
@@ -223,7 +225,7 @@ def _is_over(idle: Idle | None) -> bool:
     return idle is not None and idle._is_over
 
 
-def _raised(
+def _exc_info(
     exc: BaseException | None,
 ) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
     """*exc* as `sys.exc_info()` shows it."""

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, cast
 
 from . import lowlevel
 from ._asyncio_course import Course
-from ._ending import Cause, check_finish_on, left_by
+from ._ending import Cause, check_finish_on, exception_leaving
 from ._limits import DEFAULT_DRAIN, Drain, check_drain, check_keepalive
 from ._scope import check_handler, check_on_ending
 
@@ -197,4 +197,4 @@ class _Scope:
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        await self._course.conclude(left_by(exc_val, self._course.at_entry))
+        await self._course.end(exception_leaving(exc_val, self._course.at_entry))

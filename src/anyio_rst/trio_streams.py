@@ -21,7 +21,7 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSAttribute
 
 from ._connection import Connection
-from ._ending import all_leaves, left_by
+from ._ending import all_leaves, exception_leaving
 from ._limits import DEFAULT_DRAIN
 from ._origin import RECEIVE_SIZE
 from ._scope import check_handler
@@ -187,7 +187,7 @@ class _Stream(trio.abc.Stream):
 
         `async with stream:` ends the connection as the block ends.
         """
-        exc = left_by(None, self._at_entry)
+        exc = exception_leaving(None, self._at_entry)
         gives_up = current_effective_deadline() == -math.inf
         if exc is None or gives_up or all_leaves(exc, trio.Cancelled):
             await self._conn.aclose()

@@ -37,7 +37,7 @@ PACKAGE = os.path.dirname(anyio_rst.__file__)
 ANSWER = b"answer"
 
 # Where an exit begins.
-EXITS = ("abort", "aclose", "conclude", "conclude_failed", "send_eof")
+EXITS = ("abort", "aclose", "body_returned", "body_raised", "send_eof")
 
 
 class Failure(Exception):

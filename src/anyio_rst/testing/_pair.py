@@ -11,7 +11,7 @@ from anyio import create_task_group
 from anyio.lowlevel import checkpoint
 
 from anyio_rst import _sockets
-from anyio_rst._conclusion import conclude, conclude_failed
+from anyio_rst._body import body_raised, body_returned
 from anyio_rst._connection import Connection
 from anyio_rst._ending import Cause, CloseKind, cause_of_exit, check_finish_on
 from anyio_rst._limits import DEFAULT_DRAIN, Drain, check_drain
@@ -74,15 +74,15 @@ def open_pair(
         except BaseException as exc:
             if cause_of_exit(exc, types) is Cause.FINISH_ON:
                 async with create_task_group() as tg:
-                    tg.start_soon(conclude_failed, one, exc)
-                    tg.start_soon(conclude_failed, other, exc)
+                    tg.start_soon(body_raised, one, exc)
+                    tg.start_soon(body_raised, other, exc)
             else:
-                await conclude_failed(one, exc)
-                await conclude_failed(other, exc)
+                await body_raised(one, exc)
+                await body_raised(other, exc)
             raise
         async with create_task_group() as tg:
-            tg.start_soon(conclude, one, None)
-            tg.start_soon(conclude, other, None)
+            tg.start_soon(body_returned, one, None)
+            tg.start_soon(body_returned, other, None)
 
     # It never swallows an exception, which its type would leave open.
     return cast(
@@ -148,13 +148,13 @@ def open_peer(
             except BaseException as exc:
                 if cause_of_exit(exc, types) is Cause.FINISH_ON:
                     async with create_task_group() as tg:
-                        tg.start_soon(conclude_failed, connection, exc)
+                        tg.start_soon(body_raised, connection, exc)
                         await _leave(peer, connection)
                 else:
-                    await conclude_failed(connection, exc)
+                    await body_raised(connection, exc)
                 raise
             async with create_task_group() as tg:
-                tg.start_soon(conclude, connection, None)
+                tg.start_soon(body_returned, connection, None)
                 await _leave(peer, connection)
         finally:
             if _is_detached(connection):

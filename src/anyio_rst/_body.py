@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ._connection import Connection
 
 
-async def conclude(connection: Connection, result: object) -> None:
+async def body_returned(connection: Connection, result: object) -> None:
     """The body has returned: end the connection, if it has not ended before."""
     connection._outcome = Value(result)
     await connection._end(Cause.RETURNED)
 
 
-async def conclude_failed(connection: Connection, exc: BaseException) -> None:
+async def body_raised(connection: Connection, exc: BaseException) -> None:
     """The body has raised *exc*: the same. A reset is over without a checkpoint."""
     connection._outcome = Error(exc)
     cause = cause_of_exit(exc, connection._finish_on)
@@ -43,9 +43,9 @@ async def run(
         try:
             result = await handler(connection)
         except BaseException as exc:
-            await conclude_failed(connection, exc)
+            await body_raised(connection, exc)
             raise
-        await conclude(connection, result)
+        await body_returned(connection, result)
     except BaseException as exc:
         connection._end_after(exc)
         raise
