@@ -48,7 +48,9 @@ def run_tests(session: nox.Session, *pins: str, **env: str) -> None:
     session.install("-e", ".", *group("test"), *pins)
     # Much of it is waiting, for processes to start above all.
     workers = ["-n", "4"]
-    session.run("pytest", *workers, *session.posargs, env=env)
+    # Several hundred processes import the package.
+    compiled = {"PYTHONDONTWRITEBYTECODE": ""}
+    session.run("pytest", *workers, *session.posargs, env=compiled | env)
 
 
 @nox.session

@@ -86,7 +86,9 @@ def answered(argv: list[str]) -> Iterator[list[str]]:
 PROXY = ["proxy", "0", "127.0.0.1", "1"]
 
 each_output = pytest.mark.parametrize(
-    "argv", [*HELP, ["--version"], ["demo"], ["probe"], PROXY], ids=" ".join
+    "argv",
+    [["--help"], ["probe", "--help"], ["--version"], ["demo"], ["probe"], PROXY],
+    ids=" ".join,
 )
 
 
