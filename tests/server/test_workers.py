@@ -37,7 +37,12 @@ FIN = Seen(b"", PeerClose.FIN)
 # 5000 take a quarter of a minute.
 RESTARTS, REQUESTS = map(int, os.environ.get("WORKERS_LOAD", "1 500").split())
 
-kinds = pytest.mark.parametrize("option", [[], ["--reuse-port"]], ids=["one", "each"])
+# One listening socket for all, on each loop; and on one of them a socket for each.
+kinds = pytest.mark.parametrize(
+    ("loop", "option"),
+    [("asyncio", []), ("uvloop", []), ("trio", []), ("asyncio", ["--reuse-port"])],
+    ids=["asyncio-one", "uvloop-one", "trio-one", "asyncio-each"],
+)
 
 
 @contextmanager
@@ -108,7 +113,6 @@ def end(process: Process) -> None:
     assert (process.returncode, *rest) == (0, "", "")
 
 
-@loops
 @kinds
 def test_restarts_lose_nothing(loop: str, option: list[str]) -> None:
     with workers(loop, *option) as (port, process):
@@ -121,7 +125,6 @@ def test_restarts_lose_nothing(loop: str, option: list[str]) -> None:
         end(process)
 
 
-@loops
 @kinds
 def test_restart_replaces_all(loop: str, option: list[str]) -> None:
     with workers(loop, *option) as (port, process), ExitStack() as stack:
@@ -199,7 +202,6 @@ def test_worker_that_hangs_is_killed_in_the_end(tmp_path: Path) -> None:
         assert process.wait(LONG) == 0
 
 
-@loops
 @kinds
 def test_worker_that_dies_is_replaced(loop: str, option: list[str]) -> None:
     with workers(loop, *option) as (port, process):
