@@ -78,7 +78,8 @@ SEARCHED = {
     "frameworks": ["ASGI"],
     "http": ["HTTP/1.1", "keep-alive"],
     "observability": ["logging", "metrics", "OpenTelemetry", "Prometheus"],
-    "server": ["graceful shutdown", "SIGTERM", "zero downtime"],
+    "processes": ["zero downtime"],
+    "stopping": ["graceful shutdown", "SIGTERM"],
     "tls": ["SSL", "STARTTLS"],
     "troubleshooting": ["ECONNRESET", "EMFILE", "EPIPE"],
 }

@@ -29,8 +29,8 @@ def test_page_shows_the_example(name: str) -> None:
 @pytest.mark.parametrize(
     ("page", "name"),
     [
-        ("server", "limits"),
-        ("server", "behind_haproxy"),
+        ("limits", "limits"),
+        ("balancer", "behind_haproxy"),
         ("observability", "log_json"),
         ("observability", "metrics"),
         ("tls", "tls_server"),

@@ -1,4 +1,4 @@
-"""Servers as PID 1 of a namespace without an init, as in a container: docs/server.md.
+"""Servers as PID 1 of a namespace without an init, as in a container: docs/containers.md.
 
 PID 1 has no default actions of signals: pid_namespaces(7).
 """
@@ -67,7 +67,7 @@ def first_of(process: Process) -> int:
     return number
 
 
-PAGE = (EXAMPLES.parent / "docs" / "server.md").read_text()
+PAGE = (EXAMPLES.parent / "docs" / "containers.md").read_text()
 
 
 def command_of_the_page() -> list[str]:
