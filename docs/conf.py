@@ -76,10 +76,10 @@ SEARCHED = {
     "asyncio_streams": ["StreamReader", "StreamWriter"],
     "faq": ["UNIX socket", "WebSocket", "WebSockets"],
     "frameworks": ["ASGI"],
-    "http": ["HTTP/1.1", "keep-alive"],
+    "http": ["HTTP/1.1"],
     "observability": ["logging", "metrics", "OpenTelemetry", "Prometheus"],
     "processes": ["zero downtime"],
-    "stopping": ["graceful shutdown", "SIGTERM"],
+    "stopping": ["graceful shutdown", "keep-alive", "SIGTERM"],
     "tls": ["SSL", "STARTTLS"],
     "troubleshooting": ["ECONNRESET", "EMFILE", "EPIPE"],
 }
