@@ -74,84 +74,76 @@ async def serve_tcp(
 
         await serve_tcp(handler, 8000)
 
-    or, to go on while it serves, `server = await tg.start(serve_tcp, handler, 8000)`.
+    To do something else while it serves, start it in a task group:
+    `server = await tg.start(serve_tcp, handler, 8000)`.
 
-    The return of a handler is FIN, its failure RST, by the rules of
-    :func:`connection_scope`. It serves until it is cancelled, which resets every open
-    connection at once, or until :meth:`Server.stop`, after which it returns when the
-    last handler is done.
+    If a handler returns, its peer gets FIN, and if it fails RST, by the rules of
+    :func:`connection_scope`. `serve_tcp` serves until it is cancelled, which resets
+    every open connection at once. After :meth:`Server.stop` it returns when the last
+    handler is done.
 
     Args:
       handler: async function of one :class:`Connection`.
       port: 0 to 65535; 0 lets the kernel choose, see :attr:`Server.port`.
-      host: address or name of the interface; None serves IPv4 and IPv6 on all of them.
+      host: address or name of the interface; None for IPv4 and IPv6 on all interfaces.
         Addresses, dual stack and port are those of :func:`anyio.create_tcp_listener`.
-      backlog: connections that may wait to be accepted (listen(2)). Of clients that come
-        when it is full, those that only read may hang for good.
+      backlog: how many connections may wait to be accepted (listen(2)). If it is full,
+        clients that only read may hang for ever.
       reuse_port: let other processes serve the same port, each on a socket of its own
-        (SO_REUSEPORT of socket(7)). All of them have to ask for it.
+        (SO_REUSEPORT of socket(7)). All of the processes have to set it.
       sockets: listening sockets, of TCP or MPTCP, to serve on instead of *host*, *port*,
-        *backlog* and *reuse_port*: those of systemd's socket activation, or of a parent
-        process. They belong to `serve_tcp` from the moment it has accepted its
-        arguments, and it closes them. They become non-blocking, for all processes that
-        share them, and stay so; nothing else of them is changed.
-      max_connections: how many may be open at once, drains included; None for no limit.
-        At the limit nothing is accepted, and the backlog holds the rest, in order.
+        *backlog* and *reuse_port*, for example from systemd or a parent process.
+        `serve_tcp` owns them once it has accepted its arguments, and closes them. They
+        become non-blocking, for all processes that share them, and stay so. Nothing
+        else about them changes.
+      max_connections: how many may be open at once, including those that drain; None
+        for no limit. At the limit the server accepts nothing, and the backlog holds
+        further connections, in order.
       finish_on: exceptions that are a clean end: the peer gets FIN, and nothing is
         logged above DEBUG.
       drain: the limits of a clean end.
-      keepalive: seconds, from 1 to 32767, after about which it is noticed that the
-        machine of a peer is gone, or the way to it: as a :exc:`ConnectionLost` from
-        ETIMEDOUT, whether the connection is idle or something on it is not acknowledged
-        (tcp(7); RFC 9293, 3.8.4; RFC 5482). On Linux a peer that is there, and for so
-        long takes nothing of what waits for it, counts as gone, too: choose more than
-        the longest pause of an honest reader. None leaves all that to the system, which
-        may wait for ever.
+      keepalive: seconds, from 1 to 32767, after about which the handler gets
+        :exc:`ConnectionLost` (from ETIMEDOUT) if the peer's machine or the path to it is
+        gone, whether the connection is idle or waits for an acknowledgment (tcp(7);
+        RFC 9293, 3.8.4; RFC 5482). On Linux, a peer that takes nothing for so long
+        counts as gone, too, so choose more than the longest pause of an honest reader.
+        None leaves this to the system, which may wait for ever.
       propagate_errors: let exceptions of handlers out, as Trio's `serve_tcp` does,
         instead of logging them.
-      task_group: the task group or Trio nursery that handlers run in, instead of one of
-        the server's own. Then it is this group's cancellation that resets them, and
+      task_group: the task group or Trio nursery to run handlers in, instead of one of
+        the server's own. Then cancelling that group resets the connections, and
         cancelling `serve_tcp` only stops accepting.
-      ssl_context: speak TLS, as by :meth:`Connection.start_tls`, before the handler is
-        called. A handshake that fails costs its own connection an RST and one record at
-        INFO; it is never propagated.
-      tls_standard_compatible: False for protocols that delimit themselves; see
-        :meth:`Connection.start_tls`.
-      handshake_timeout: seconds for the *preamble* and the handshake.
+      ssl_context: start TLS, as :meth:`Connection.start_tls` does, before the handler is
+        called. If a handshake fails, its connection gets RST, and the failure is logged
+        at INFO, never propagated.
+      tls_standard_compatible: False for protocols that delimit their messages
+        themselves; see :meth:`Connection.start_tls`.
+      handshake_timeout: seconds for the *preamble* and the handshake together.
       preamble: async function that is called with each :class:`Connection` before the
-        handshake, for what comes in the clear: the header of a proxy, a banner. It may
-        set :attr:`Connection.remote_address`, and may end the connection, which is no
-        failure. If it fails, that is as a handshake that fails. :attr:`Ending.sent` and
+        handshake, for data in the clear, such as the header of a proxy or a banner. It
+        may set :attr:`Connection.remote_address`, and may end the connection. If it
+        fails, that is treated like a failed handshake. :attr:`Ending.sent` and
         :attr:`~Ending.received` count from its return on.
       on_ending: called with each :class:`Connection` once it has ended.
       task_status: for `tg.start()`; gets the :class:`Server`.
 
     Error handling:
-      An exception of a handler costs its own connection an RST, and is logged on the
-      `anyio_rst` logger at ERROR with its traceback; if it tells that a connection was
-      lost (:exc:`PeerReset`, or an :exc:`anyio.BrokenResourceError` of another loss), at
-      INFO without, once a second at the most. What was ordered, and a peer that leaves
-      without a word, is DEBUG. An exception of *on_ending* is logged at ERROR.
-
-      When *on_ending* has returned, the tracebacks of an exception that is not let out
-      are cut off: they refer to the handler's variables, and those to the connection,
-      which would then have to wait for the garbage collector.
+      If a handler raises an exception, its connection gets RST. The exception is logged
+      on the `anyio_rst` logger at ERROR with its traceback, or at INFO without one if it
+      says that the connection was lost. An exception of *on_ending* is logged at ERROR.
+      When *on_ending* has returned, the tracebacks of a logged exception are removed.
 
       :exc:`KeyboardInterrupt`, :exc:`SystemExit` and other exceptions that are no
-      :exc:`Exception` get out. When there are no descriptors or is no memory to accept
-      a connection with, that is logged at ERROR, and tried again after 100 ms.
+      :exc:`Exception` get out. If there are no descriptors or no memory to accept a
+      connection with, that is logged at ERROR, and tried again after 100 ms.
 
-      A handler that does not await holds up everything else in its thread; those who
-      connect wait in the backlog. One that swallows a cancellation of the server keeps
-      `serve_tcp` from returning, but not its connection from being reset; only if it
-      returns at once, it has returned: FIN. A task that a handler has left behind gets
-      :exc:`anyio.ClosedResourceError` from the connection; if it was in the middle of a
-      send, the connection is reset.
+      The page "Server behaviour" of the documentation lists all log records, and says
+      what happens when a handler misbehaves.
 
     Raises:
-      TypeError, ValueError: an argument is of the wrong type or out of range, or does
-        not go with *sockets*. Nothing was bound, and *sockets* are untouched.
-      OSError: the address is in use or cannot be had. Nothing stays bound.
+      TypeError, ValueError: an argument is of the wrong type or out of range, or cannot
+        be combined with *sockets*. Nothing was bound, and *sockets* are untouched.
+      OSError: the address is in use or not available. Nothing stays bound.
     """
     check_handler(handler, "serve_tcp()")
     check_number("port", port, 0, 65535)
