@@ -116,7 +116,7 @@ class Server:
         return frozenset(self._open)
 
     def statistics(self) -> ServerStatistics:
-        """The totals up to now. They stay readable when the server is over.
+        """The totals up to now. They stay readable when the server has ended.
 
         May be called from any thread.
         """
@@ -134,14 +134,14 @@ class Server:
         )
 
     def stop(self) -> None:
-        """Serve those who have connected, and nobody else.
+        """Serve the clients that have already connected, and no others.
 
-        What is in the backlog at this moment is accepted and served. The listening
-        sockets are closed then, and `serve_tcp` returns when the last handler is done.
+        The connections in the backlog are accepted and served. Then the listening
+        sockets are closed, and `serve_tcp` returns when the last handler is done.
         Connections in :meth:`Connection.idle` are ended. Idempotent.
 
-        Who connects between the last accept and the close is reset by the kernel, unless
-        another process has the listening socket, too.
+        The kernel resets connections that are made between the last accept and the
+        close, unless another process shares the listening socket.
 
         Raises:
           RuntimeError: in a thread other than that of the event loop.
