@@ -50,35 +50,35 @@ def connect_tcp(
         async with connect_tcp("example.org", 80) as conn:
             await conn.send(request)
 
-    Or, for what is no block, a pool or an object with a start and a stop::
+    Or, for a pool or another owner that is no block::
 
         conn = await connect_tcp("example.org", 80)
 
-    Then it ends with :meth:`Connection.aclose` or :meth:`Connection.abort`. Forgotten, it
-    is reset when it is collected.
+    Then :meth:`Connection.aclose` or :meth:`Connection.abort` ends it. If it is
+    forgotten, it is reset when it is garbage-collected.
 
     Args:
       host, port, local_host, local_port, happy_eyeballs_delay: those of
         :func:`anyio.connect_tcp`, which makes the connection (RFC 6555). *local_port*
         goes with *local_host*.
-      tls: speak TLS, as :meth:`Connection.start_tls` does, on the client's side. Not
-        needed with one of the next two.
+      tls: start TLS, as :meth:`Connection.start_tls` does. Not needed with *ssl_context*
+        or *tls_hostname*.
       ssl_context: None for the default context of :mod:`ssl`.
       tls_hostname: the name to check the peer's certificate for, if it is not *host*.
-      tls_standard_compatible: False for protocols that delimit themselves; see
-        :meth:`Connection.start_tls`.
+      tls_standard_compatible: False for protocols that delimit their messages
+        themselves; see :meth:`Connection.start_tls`.
       finish_on: see :func:`connection_scope`.
-      drain: see :func:`connection_scope`. To return in the middle of a download is
-        success, and the drain reads the rest of it for as long as that lasts;
-        :meth:`Connection.abort` is the way to give one up.
+      drain: see :func:`connection_scope`. To return in the middle of a download is a
+        success, and the drain then reads the rest of it. To give a download up, call
+        :meth:`Connection.abort`.
       keepalive: see :func:`connection_scope`.
 
     Raises:
       OSError: the connection could not be made.
       ssl.SSLError, anyio.BrokenResourceError: the TLS handshake failed; the connection
         was reset.
-      TypeError, ValueError: *finish_on* or *drain* is of the wrong type, or
-        *ssl_context* is, or is for a server; or there is a *local_port* alone.
+      TypeError, ValueError: an argument is of the wrong type, *ssl_context* is for a
+        server, or *local_port* was given without *local_host*.
       RuntimeError: this platform cannot reset a stream of the running event loop. No
         connection was made.
     """
