@@ -52,35 +52,35 @@ def connection_scope(
         async with connection_scope(stream) as conn:
             await conn.send(answer)
 
-    - The body returns: everything sent, FIN, *drain*, close.
-    - Anything else leaves the body, be it an exception, an exception group, a
-      cancellation, :exc:`KeyboardInterrupt`, :exc:`SystemExit` or
-      :exc:`GeneratorExit`: RST, sent before any checkpoint, and the exception goes on
-      unchanged. So it is when the process dies.
-    - The body returns, but a send was cut short before, or is half done in another
-      task: RST.
-    - It is left with no exception while one that began inside of it is being handled,
-      by `finally: await stack.aclose()` for example: RST, too.
+    - If the body returns, the connection sends everything and FIN, drains, and closes.
+    - If an exception, an exception group, a cancellation, :exc:`KeyboardInterrupt`,
+      :exc:`SystemExit` or :exc:`GeneratorExit` leaves the body, the connection sends
+      RST before any checkpoint. The exception propagates unchanged. If the process
+      dies, the kernel sends RST.
+    - If the body returns, but a send was cut short before, or is half done in another
+      task, the connection sends RST.
+    - If the scope is left without an exception while one that began inside it is being
+      handled, for example by `finally: await stack.aclose()`, the connection sends RST.
 
     A cancellation during the drain only ends the drain.
 
-    :attr:`Ending.outcome` refers to the exception, the exception by its traceback to the
-    frames it went through, and these to the connection: while they do, memory is only
-    freed by the garbage collector. `exc.with_traceback(None)` lets go of it before.
+    :attr:`Ending.outcome` refers to the exception, its traceback to the frames that it
+    went through, and these to the connection. Only the garbage collector frees this
+    cycle, unless you break it with `exc.with_traceback(None)`.
 
     Args:
       stream: AnyIO's own :class:`~anyio.abc.SocketStream`, on TCP, a `TLSStream` or
         buffered streams over one; or a :class:`trio.SocketStream`, or a
         :class:`trio.SSLStream` over one. The scope takes its socket over at entry, with
-        what has been read ahead. The stream rests until :meth:`Connection.detach`, and
-        is closed with the connection.
+        the data that was read ahead. The stream rests until :meth:`Connection.detach`,
+        or is closed with the connection.
 
-        Or a :class:`Connection`, or any wrapper around one: a scope within a scope. The
-        ending of the inner scope stands, and the outer one adds nothing. A clean end
-        closes the wrapper first, which may have kept something back; if that fails, the
+        Or a :class:`Connection`, or any wrapper around one: a nested scope. The ending
+        of the inner scope stands, and the outer one adds nothing. A clean end closes
+        the wrapper first, because it may have kept data back. If that fails, the
         connection is reset.
       finish_on: exception types that count as a clean end; all the leaves of an
-        exception group have to match. The exception goes on all the same.
+        exception group have to match. The exception still propagates.
         :exc:`GeneratorExit` never counts.
       drain: the limits of the drain; None closes right after the FIN.
       keepalive: seconds after which a peer that is gone is noticed, see
@@ -90,10 +90,10 @@ def connection_scope(
       TypeError: *stream* is not a TCP connection, or is a wrapper around a stream that
         is no Connection; or another argument is of the wrong type. The stream is
         untouched then, and after the others as well.
-      anyio.ClosedResourceError: *stream* is closed. One whose peer has gone is not: the
-        connection will say so.
-      anyio.BusyResourceError: a task is receiving or sending on it. Trio shows nobody
-        that, and there the two then take each other's input.
+      anyio.ClosedResourceError: *stream* is closed. If its peer is gone, the connection
+        will say so later.
+      anyio.BusyResourceError: a task is receiving or sending on it. Trio does not show
+        that, so there the two take each other's input.
       RuntimeError: it is in another scope already, or this platform cannot reset it.
       OSError: no descriptor is left (EMFILE, ENFILE); asyncio's streams need a copy.
     """
@@ -243,12 +243,12 @@ def scoped(
         listener = await anyio.create_tcp_listener(local_port=8000)
         await listener.serve(scoped(handler))
 
-    `trio.serve_tcp(scoped(handler), 8000)` works as well. The handler's exceptions go
-    on to whoever serves, which with these two means: to the server's task group.
+    `trio.serve_tcp(scoped(handler), 8000)` works as well. With both, the handler's
+    exceptions propagate to the server's task group.
 
     Args:
-      handler: async function of one :class:`Connection`. Its return is FIN, its
-        failure RST.
+      handler: async function of one :class:`Connection`. If it returns, the peer gets
+        FIN, and if it fails RST.
       finish_on, drain, keepalive: see :func:`connection_scope`.
 
     Raises:
