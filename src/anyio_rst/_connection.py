@@ -49,18 +49,18 @@ class Connection(Conversation):
     """A TCP connection whose end tells the truth.
 
     An :class:`anyio.abc.SocketStream`, made by :func:`connection_scope`,
-    :func:`serve_tcp`, :func:`connect_tcp` or :func:`scoped`. Receiving and sending have
-    AnyIO's exact meanings and exceptions, with these in addition:
+    :func:`serve_tcp`, :func:`connect_tcp` or :func:`scoped`. Receiving and sending work
+    as in AnyIO, with these exceptions in addition:
 
-    - :exc:`PeerReset` (an :exc:`anyio.BrokenResourceError`) when the peer reset the
+    - :exc:`PeerReset` (an :exc:`anyio.BrokenResourceError`) when the peer has reset the
       connection, and for every receive after that;
     - :exc:`anyio.BrokenResourceError` from `send()` and `send_eof()` after a `send()`
-      that was cut short after some of its bytes;
-    - :exc:`anyio.ClosedResourceError` after the verdict, and for tasks that were
-      waiting in the connection when it fell.
+      that was interrupted after some of its bytes;
+    - :exc:`anyio.ClosedResourceError` after the verdict, and in tasks that were waiting
+      in the connection when it fell.
 
-    Used as a context manager, which :class:`anyio.abc.AsyncResource` allows, it ends
-    when that block does, by the rules of :func:`connection_scope`.
+    As a context manager, the connection ends when that block does, by the rules of
+    :func:`connection_scope`.
     """
 
     __slots__ = (
@@ -120,14 +120,14 @@ class Connection(Conversation):
                         return
                     await conn.send(answer(request))
 
-        Not a request that takes long, but the wait for it is ended: by
-        :meth:`Server.stop`, or after *timeout* seconds. To return then is FIN, and
-        nothing is logged. Without a server only the time-out counts. A receive in it
-        prefers what has arrived: it is the request that counts. The peer's FIN is
-        :exc:`anyio.EndOfStream`, as always; *finish_on* makes that a clean end.
+        :meth:`Server.stop` ends the wait, and so do *timeout* seconds. Without a server
+        only *timeout* does. Return then: the peer gets FIN, and nothing is logged. If a
+        request has arrived, a receive in the block returns it all the same. The peer's
+        FIN is :exc:`anyio.EndOfStream`, as always; *finish_on* makes that a clean end.
 
-        The first request of a connection is on its way when that is accepted. If it, too,
-        is waited for in here, a server that stops may leave it without an answer.
+        Do not wait for the first request of a connection in here. It is on its way when
+        the connection is accepted, and a server that stops may leave it without an
+        answer.
 
         Raises:
           RuntimeError: from `with`, if the connection is idle already.
@@ -138,22 +138,22 @@ class Connection(Conversation):
         return Idle(self._life, timeout)
 
     def is_stale(self) -> bool:
-        """Whether the connection is no good for another request, as far as one can see.
+        """Whether the connection is known to be unusable for another request.
 
-        For a pool, of a connection that nobody uses at the moment. Not a coroutine: it
-        looks at what has arrived by now, and waits for nothing. Nothing is consumed
-        either: a receive still gets, or raises, whatever it would have.
+        For a connection in a pool that no task uses at the moment. Not a coroutine: it
+        looks at what has arrived by now, waits for nothing and consumes nothing.
 
-        True, if the peer has finished, reset the connection or sent something that would
-        be taken for the answer to the next request, in the buffers that
-        :func:`connection_scope` was given as well; if the connection was lost; and if it
-        has ended here, was detached or torn, or `send_eof()` was called.
+        True if the peer has finished, has reset the connection, or has sent something
+        that would be taken for the answer to the next request. That includes the
+        buffers that :func:`connection_scope` was given, but not a buffer around the
+        Connection. Also true if the connection was lost, has ended here, was detached or
+        torn, or if `send_eof()` was called.
 
-        Over TLS a close_notify is the end, and a session ticket (RFC 8446, 4.6.1) is no
-        input. What is in a buffer around the Connection is known to that buffer alone.
+        Over TLS a close_notify is the end, and a session ticket (RFC 8446, 4.6.1) is not
+        input.
 
-        False is no promise. What the peer did may be under way still, and a machine that
-        is gone says nothing; see *keepalive* of :func:`connection_scope`.
+        False is no guarantee. The peer's end may still be under way, and a machine that
+        is gone sends nothing; see *keepalive* of :func:`connection_scope`.
 
         Raises:
           anyio.BusyResourceError: a task is receiving or sending, or TLS is being
@@ -173,13 +173,14 @@ class Connection(Conversation):
     async def aclose(self) -> None:
         """Finish now: FIN, drain, close. The explicit success.
 
-        What happens after it in the body cannot change the ending. If a send was cut
-        short before, the connection is reset all the same. Cancelled while it drains,
-        it closes at once, also when another task had called it.
+        What the body does afterwards cannot change the ending. If a send was cut short
+        before, the connection is reset all the same. If a call is cancelled while the
+        connection drains, the connection closes at once, even if another task called
+        `aclose()` first.
 
-        In a scope that is cancelled already it is no success, but the way to give up
-        (:func:`anyio.aclose_forcefully`, `finally: await conn.aclose()` in a handler
-        that is cancelled): reset, :attr:`Cause.CANCELLED`. Under a shield it finishes.
+        In a scope that is already cancelled, as with :func:`anyio.aclose_forcefully` or
+        `finally: await conn.aclose()` in a cancelled handler, it resets with
+        :attr:`Cause.CANCELLED`. Under a shield it finishes.
         """
         cause = Cause.CLOSED
         if current_effective_deadline() == -math.inf and not is_stopped(self._life):
@@ -190,10 +191,10 @@ class Connection(Conversation):
     def abort(self) -> None:
         """Reset the connection now.
 
-        Never blocks, may be called from any task of the loop, and any number of times.
-        Tasks that wait in the connection wake with :exc:`anyio.ClosedResourceError`.
-        When a FIN has gone out already, with the return of the body or with `aclose()`,
-        this only cuts the drain short.
+        Never blocks. May be called from any task of the event loop, and more than once.
+        Tasks that wait in the connection get :exc:`anyio.ClosedResourceError`. If a FIN
+        has already been sent, when the body returned or by `aclose()`, this only cuts
+        the drain short.
 
         Raises:
           RuntimeError: in a thread other than that of the event loop.
@@ -202,18 +203,18 @@ class Connection(Conversation):
         self._reset(Cause.ABORTED)
 
     def detach(self) -> Any:
-        """Let go of the connection, and hand the wrapped stream back: disarmed, open.
+        """Let go of the connection, and return the wrapped stream, disarmed and open.
 
-        For :func:`connection_scope` that is the stream it was given, armed still if
-        another scope around this one owns it; for :func:`serve_tcp` an AnyIO
-        :class:`~anyio.abc.SocketStream`. The caller closes it.
+        In a :func:`connection_scope`, that is the stream that the scope was given. It is
+        still armed if another scope around this one owns it. In :func:`serve_tcp`, it is
+        an AnyIO :class:`~anyio.abc.SocketStream`. The caller has to close it.
 
         Raises:
           anyio.BusyResourceError: a task is waiting in the connection.
           anyio.ClosedResourceError: the connection has ended.
           RuntimeError: in a thread other than that of the event loop; or
-            :meth:`is_stale` has found input over TLS, which is to be received before,
-            or a byte of it would be missing in the stream.
+            :meth:`is_stale` has found input over TLS. Receive it first, because a byte
+            of it would be missing in the stream.
         """
         life = self._life
         check_thread(life.thread, "Connection.detach()")
@@ -236,17 +237,16 @@ class Connection(Conversation):
     def create_task_group(self) -> TaskGroup:
         """An AnyIO task group that is tied to the connection.
 
-        The first child that fails, a failure of its body, or a cancellation from
-        outside resets the connection at that moment, and not after the other children
-        have finished their shielded clean-up. Cancelling the group itself, the usual
-        way to stop the others, is not a failure, and neither are the exceptions of
-        *finish_on*.
+        If a child or the body of the group fails, or the group is cancelled from outside,
+        the connection is reset at that moment, and not after the other children have
+        finished their shielded clean-up. To cancel the group itself, as one does to stop
+        the other children, is not a failure. Neither are the exceptions of *finish_on*.
         """
         return ConnectionTaskGroup(self._life, self._reset, self._finish_on)
 
     @classmethod
     async def from_socket(cls, sock_or_fd: socket.socket | int) -> NoReturn:
-        """Not for a connection, which needs a scope to end with.
+        """Not supported, because a connection needs a scope to end with.
 
         Raises:
           NotImplementedError: always; *sock_or_fd* is untouched.
