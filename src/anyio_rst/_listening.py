@@ -85,7 +85,7 @@ def _refuse_unless_listening(sock: socket.socket, name: str) -> None:
                 f"{name} is not a TCP socket: it is {family}, {kind}, "
                 f"protocol {actual.proto}"
             )
-        if not actual.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if _sockets.is_listening(actual) is False:
             raise ValueError(f"{name} is not listening")
     finally:
         actual.detach()
@@ -122,8 +122,10 @@ class Listener:
         arms = _sockets.prepare_listener(sock, keepalive, is_own=is_own)
         self._inherited = Inherited.NOT_YET if arms else Inherited.NO
 
-    def accept(self) -> tuple[socket.socket, tuple[str, int]] | None:
+    def accept(self) -> tuple[socket.socket, tuple[str, int] | None] | None:
         """The next connection, armed, and its peer's address; None if nobody waits.
+
+        A client that has reset by now has no address on macOS.
 
         Raises:
           OSError: for want of a descriptor or memory (CAPACITY_ERRNOS), or the connection
@@ -143,8 +145,14 @@ class Listener:
             does = _sockets.has_inherited(sock, self.sock)
             self._inherited = Inherited.YES if does else Inherited.NO
         if self._inherited is not Inherited.YES:
-            _sockets.prepare_accepted(sock, self._keepalive)
-        return sock, _sockets.host_and_port(address)
+            try:
+                _sockets.prepare_accepted(sock, self._keepalive)
+            except OSError:
+                # macOS and FreeBSD take no options of what the client has reset by now.
+                # The handler is told of that.
+                if _sockets.remote_address(sock) is not None:
+                    raise
+        return sock, _sockets.host_and_port(address) if address else None
 
     def count_waiting(self) -> None:
         """From now on nobody but those who have connected is to be accepted."""

@@ -254,7 +254,7 @@ class Server:
     def _start(
         self,
         sock: socket.socket,
-        address: tuple[str, int],
+        address: tuple[str, int] | None,
         tasks: HandlersIn,
     ) -> None:
         connection = Connection(

@@ -43,23 +43,12 @@ CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EN
 # accept() failed for the one connection it was about to return: take the next one.
 # "Linux accept() passes already-pending network errors on the new socket as an error
 # code from accept()": accept(2), Error handling. EPERM: a firewall forbids it.
+_LOST_CLIENT = (
+    "ECONNABORTED ECONNRESET EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENONET "
+    "ENOPROTOOPT EOPNOTSUPP EPERM EPROTO ETIMEDOUT"
+)
 LOST_CLIENT_ERRNOS = frozenset(
-    getattr(errno, name)
-    for name in (
-        "ECONNABORTED",
-        "ECONNRESET",
-        "EHOSTDOWN",
-        "EHOSTUNREACH",
-        "ENETDOWN",
-        "ENETUNREACH",
-        "ENONET",
-        "ENOPROTOOPT",
-        "EOPNOTSUPP",
-        "EPERM",
-        "EPROTO",
-        "ETIMEDOUT",
-    )
-    if hasattr(errno, name)
+    getattr(errno, name) for name in _LOST_CLIENT.split() if hasattr(errno, name)
 )
 
 # Keep the last words for the segment of the FIN: send(2). A peer that has closed answers
@@ -84,6 +73,12 @@ CAN_REUSE_PORT = hasattr(socket, "SO_REUSEPORT")
 _LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 _LINGER_RESET = _LINGER.pack(1, 0)
 _LINGER_OFF = _LINGER.pack(0, 0)
+
+# macOS takes no options of a socket that is shut in both directions (EINVAL), unless it
+# is told: struct so_np_extensions of sys/socket.h, with SONPX_SETOPTSHUT set.
+_AFTER_SHUTDOWN: tuple[int, bytes] | None = None
+if sys.platform == "darwin":
+    _AFTER_SHUTDOWN = 0x1083, struct.pack("II", 1, 1)  # SO_NP_EXTENSIONS
 
 # Multipath TCP, of whose connections a client may make a plain one: RFC 8684.
 _IPPROTO_MPTCP: int = getattr(socket, "IPPROTO_MPTCP", 262)
@@ -154,8 +149,8 @@ def prepare_listener(
 def has_inherited(accepted: socket.socket, listener: socket.socket) -> bool:
     """Whether *accepted* has what :func:`prepare_listener` has set on *listener*.
 
-    Nothing promises it. Linux does so, as the older BSDs (Stevens, UNIX Network
-    Programming, volume 1, 7.4); gVisor does not. What MPTCP sockets lack (see
+    Nothing promises it. Linux does so, and FreeBSD from 14 on; gVisor does not, and macOS
+    makes two minutes of SO_LINGER's zero seconds. What MPTCP sockets lack (see
     :func:`keep_alive`) plain ones that they accept cannot have from them.
     """
     options = [
@@ -191,6 +186,8 @@ def arm(sock: socket.socket) -> None:
 
     SO_LINGER {1, 0}: socket(7), and "abortive close" of RFC 9293, 3.10.5.
     """
+    if _AFTER_SHUTDOWN is not None:  # for disarm()
+        sock.setsockopt(socket.SOL_SOCKET, *_AFTER_SHUTDOWN)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
 
 
@@ -224,12 +221,12 @@ def is_tcp(sock: SocketLike) -> bool:
     )
 
 
-def is_listening(sock: SocketLike) -> bool:
-    """Whether connections can be accepted from it."""
+def is_listening(sock: SocketLike) -> bool | None:
+    """Whether connections can be accepted from it; None where macOS does not tell."""
     try:
         return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except OSError:  # ENOTSOCK: vacated
-        return False
+    except OSError as exc:  # ENOTSOCK: vacated
+        return None if exc.errno == errno.ENOPROTOOPT else False
 
 
 def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -292,3 +294,121 @@ def test_lowlevel_resets_what_is_shut_down_before_it_is_closed() -> None:
                 with pytest.raises(OSError, match="Socket operation on non-socket"):
                     sock.shutdown(socket.SHUT_WR)
             assert anyio.run(peer.read_to_end) == Seen(b"half", PeerClose.RST)
+
+
+# What macOS and FreeBSD do, as their sources have it: docs/platforms.md.
+
+OVER = {6, 7, 9, 11}  # of linux/tcp_states.h, when both directions are shut
+SO_NP_EXTENSIONS = 0x1083
+
+
+class SocketOfMacOS(socket.socket):
+    """One that was accepted: shut in both directions, it has no options any more."""
+
+    was_accepted = False
+    takes_options = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        sock, address = super().accept()
+        assert isinstance(sock, SocketOfMacOS)
+        sock.was_accepted = True
+        return sock, None if sock.is_over() else address
+
+    def is_over(self) -> bool:
+        if not self.was_accepted:
+            return False
+        return self.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in OVER
+
+    def setsockopt(self, level: int, option: int, *value: Any) -> None:
+        if self.is_over() and not self.takes_options:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        if (level, option) == (socket.SOL_SOCKET, SO_NP_EXTENSIONS):
+            self.takes_options = True
+            return
+        super().setsockopt(level, option, *value)
+
+    def getsockopt(self, level: int, option: int, *size: Any) -> Any:
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+        return super().getsockopt(level, option, *size)
+
+
+@pytest.fixture
+def as_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags_and_mask = struct.pack("II", 1, 1)
+    monkeypatch.setattr(_sockets, "_AFTER_SHUTDOWN", (SO_NP_EXTENSIONS, flags_and_mask))
+    monkeypatch.setattr(_sockets, "_connect", lambda *arguments: -1)
+    monkeypatch.setattr(socket, "socket", SocketOfMacOS)
+
+
+@asynccontextmanager
+async def serve_on(listener: socket.socket, handler: Any) -> AsyncIterator[list[Ending]]:
+    endings: list[Ending] = []
+
+    def keep(conn: Connection) -> None:
+        assert conn.ending is not None
+        endings.append(conn.ending)
+
+    async with anyio.create_task_group() as tg:
+        await tg.start(partial(serve_tcp, handler, sockets=[listener], on_ending=keep))
+        yield endings
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.usefixtures("as_on_macos")
+async def test_client_that_has_reset_before_accept_does_not_end_the_server(
+    anyio_backend: Any,
+) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.send(await conn.receive())
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with Peer(port) as gone:
+        gone.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _sockets._LINGER_RESET)
+    async with serve_on(listener, handler) as endings:
+        with Peer(port) as peer:
+            await peer.send(b"?")
+            assert await peer.read_to_end() == Seen(b"?", PeerClose.FIN)
+        with anyio.fail_after(LONG):
+            while len(endings) < 2:
+                await anyio.sleep(0)
+    assert [(e.kind, e.peer) for e in endings] == [
+        (CloseKind.RST, PeerClose.RST),
+        (CloseKind.FIN, PeerClose.FIN),
+    ]
+    assert endings[0].remote_address is None
+
+
+@pytest.mark.usefixtures("as_on_macos")
+async def test_answer_behind_both_fins_is_not_reset(anyio_backend: Any) -> None:
+    """It is disarmed although both directions are shut by then."""
+    answer = bytes(2**17)
+
+    async def handler(conn: Connection) -> None:
+        assert [part async for part in conn] == []
+        await conn.send(answer)
+        await conn.send_eof()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    async with serve_on(listener, handler) as endings:
+        with Peer(listener.getsockname()[1], buffer=4096) as peer:
+            peer.send_eof()
+            with anyio.fail_after(LONG):
+                while not endings:
+                    await anyio.sleep(0)
+            assert await peer.read_to_end() == Seen(answer, PeerClose.FIN)
+    assert (endings[0].kind, endings[0].cause) == (CloseKind.FIN, Cause.RETURNED)
+
+
+@pytest.mark.usefixtures("as_on_macos")
+async def test_listening_socket_is_taken_where_the_kernel_does_not_tell(
+    anyio_backend: Any,
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with pytest.raises(OSError, match="Protocol not available"):
+        listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    async with serve_on(listener, Connection.send_eof) as endings:
+        with Peer(listener.getsockname()[1]) as peer:
+            assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+    assert endings[0].kind is CloseKind.FIN
