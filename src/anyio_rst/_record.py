@@ -98,9 +98,13 @@ class Record:
         if exc.errno in _sockets.CLOSED_ERRNOS and self._loss is None:
             self._closed = True  # by whoever has the socket object as well
             return ClosedResourceError("the socket was closed by somebody else")
-        if exc.errno == errno.EPIPE and self._loss is None and self.fin_is_out():
-            self.eof_sent = True
-            return ClosedResourceError("the stream was half-closed by somebody else")
+        if exc.errno == errno.EPIPE and self._loss is None:
+            if self.fin_is_out():
+                self.eof_sent = True
+                return ClosedResourceError("the stream was half-closed by somebody else")
+            # As Linux does by itself (sk_stream_error() of net/core/stream.c), and the
+            # BSDs and macOS do not.
+            exc = _sockets.pending_error(self._sock) or exc
         return self._lost(exc)
 
     def _lost(self, exc: BaseException) -> BrokenResourceError:

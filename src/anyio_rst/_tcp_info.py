@@ -45,6 +45,16 @@ def is_peers_reset(sock: socket.socket, loss: BaseException) -> bool:
     return is_reset and not _is_dissolved(sock)
 
 
+def _refuses_to_send(sock: socket.socket) -> bool:
+    """Whether nothing can be sent on *sock*, whose connection is there."""
+    sock.getpeername()  # else the send would be told what has ended it
+    try:
+        sock.send(b"", DONTWAIT)
+    except OSError as exc:
+        return exc.errno == errno.EPIPE
+    return False
+
+
 # The interface is Linux's, with its numbers; gVisor has it as well. What the kernel
 # behind it tells is another matter, and asked.
 if sys.platform == "linux":
@@ -75,15 +85,6 @@ if sys.platform == "linux":
             return _state(sock) in _FINISHED
         except OSError:
             return False
-
-    def _refuses_to_send(sock: socket.socket) -> bool:
-        """Whether nothing can be sent on *sock*, whose connection is there."""
-        sock.getpeername()  # else the send would be told what has ended it
-        try:
-            sock.send(b"", DONTWAIT)
-        except OSError as exc:
-            return exc.errno == errno.EPIPE
-        return False
 
     def _state(sock: socket.socket) -> int:
         """tcpi_state of tcp(7), a number of linux/tcp_states.h."""
@@ -257,8 +258,11 @@ if sys.platform == "linux":
 else:
 
     def fin_is_out(sock: socket.socket) -> bool:
-        """Not known here."""
-        return False
+        """Whether our side has finished, and the connection is still there."""
+        try:
+            return _refuses_to_send(sock)
+        except OSError:
+            return False
 
     def false_end(sock: socket.socket) -> OSError | None:
         """Why the input of *sock* ended without a FIN: not known here."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import anyio
@@ -23,6 +26,7 @@ from anyio_rst import (
     Ending,
     PeerClose,
     _sockets,
+    _tcp_info,
     asyncio_streams,
     connect_tcp,
     connection_scope,
@@ -412,3 +416,72 @@ async def test_listening_socket_is_taken_where_the_kernel_does_not_tell(
         with Peer(listener.getsockname()[1]) as peer:
             assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
     assert endings[0].kind is CloseKind.FIN
+
+
+async def test_epipe_that_hides_why_is_asked_for_it(anyio_backend: Any) -> None:
+    """As the BSDs say to a send, whatever has ended the connection."""
+
+    class Accepted(socket.socket):
+        def send(self, *arguments: Any) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        def getsockopt(self, level: int, option: int, *size: Any) -> Any:
+            if (level, option) == (socket.SOL_SOCKET, socket.SO_ERROR):
+                return errno.ETIMEDOUT
+            return super().getsockopt(level, option, *size)
+
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            sock, address = super().accept()
+            kind = sock.family, sock.type, sock.proto
+            return Accepted(*kind, fileno=sock.detach()), address
+
+    async def handler(conn: Connection) -> None:
+        await conn.receive()
+        with pytest.raises(anyio.BrokenResourceError, match="timed out"):
+            await conn.send(b"?")
+
+    listener = Listener()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    async with serve_on(listener, handler) as endings:
+        with socket.create_connection(listener.getsockname()) as peer:
+            peer.sendall(b"!")
+            with anyio.fail_after(LONG):
+                while not endings:
+                    await anyio.sleep(0)
+    assert endings[0].peer is PeerClose.LOST
+
+
+def elsewhere() -> ModuleType:
+    """`_tcp_info` as it is on a platform without Linux's TCP_INFO."""
+    spec = importlib.util.spec_from_file_location(
+        "anyio_rst._elsewhere", _tcp_info.__file__
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "platform", "freebsd14")
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_our_own_fin_is_known_without_tcp_info() -> None:
+    fin_is_out = elsewhere().fin_is_out
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as peer:
+            sock, _ = listener.accept()
+            with sock:
+                assert not fin_is_out(sock)
+                sock.shutdown(socket.SHUT_WR)
+                assert fin_is_out(sock)
+                assert not fin_is_out(peer)
+                assert peer.recv(1) == b""
+                peer.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, _sockets._LINGER_RESET
+                )
+                peer.close()
+                with pytest.raises(ConnectionResetError):
+                    sock.recv(1)
+                assert not fin_is_out(sock)
