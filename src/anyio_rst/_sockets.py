@@ -81,7 +81,7 @@ if sys.platform == "darwin":
     _AFTER_SHUTDOWN = 0x1083, struct.pack("II", 1, 1)  # SO_NP_EXTENSIONS
 
 # Multipath TCP, of whose connections a client may make a plain one: RFC 8684.
-_IPPROTO_MPTCP: int = getattr(socket, "IPPROTO_MPTCP", 262)
+IPPROTO_MPTCP: int = getattr(socket, "IPPROTO_MPTCP", 262)
 _SO_PROTOCOL: int | None = getattr(socket, "SO_PROTOCOL", None)
 
 # By which keep_alive() sets how often the peer is asked, and when it is given up.
@@ -209,7 +209,7 @@ def is_multipath(sock: SocketLike) -> bool:
     """Whether *sock* is one of MPTCP, which its Python object need not know."""
     if _SO_PROTOCOL is None:
         return False
-    return sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == _IPPROTO_MPTCP
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == IPPROTO_MPTCP
 
 
 def is_tcp(sock: SocketLike) -> bool:
@@ -217,7 +217,7 @@ def is_tcp(sock: SocketLike) -> bool:
     return (
         sock.family in (socket.AF_INET, socket.AF_INET6)
         and sock.type == socket.SOCK_STREAM
-        and sock.proto in (0, socket.IPPROTO_TCP, _IPPROTO_MPTCP)
+        and sock.proto in (0, socket.IPPROTO_TCP, IPPROTO_MPTCP)
     )
 
 

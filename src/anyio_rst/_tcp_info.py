@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from ._sockets import (
     DONTWAIT,
+    IPPROTO_MPTCP,
     PEEK,
     RESET_ERRNOS,
     can_dissolve,
@@ -77,6 +78,9 @@ if sys.platform == "linux":
     _TCP_INQ = 36
     _SOL_MPTCP, _MPTCP_INFO = 284, 1  # linux/mptcp.h
 
+    # The question of sock_diag(7): linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h.
+    _SOCK_DIAG, _BY_FAMILY, _REQUEST, _ERROR, _PROTOCOL = 4, 20, 1, 2, 3
+
     def fin_is_out(sock: socket.socket) -> bool:
         """Whether our side has finished."""
         try:
@@ -96,18 +100,62 @@ if sys.platform == "linux":
 
         To recv(2) an end is an end: that which the peer's FIN makes, that of a lost
         connection whose SO_ERROR somebody else has read (ENOTCONN), and what somebody
-        else has made by shutdown(SHUT_RD) (ESHUTDOWN). Not known of MPTCP.
+        else has made by shutdown(SHUT_RD) (ESHUTDOWN).
         """
         try:
-            if is_multipath(sock):
-                return None
-            state = _state(sock)
-            if state in _PEER_FINISHED or _may_have_fin(sock, state):
-                return None
+            multipath = is_multipath(sock)
+            code = _false_multipath_end(sock) if multipath else _false_tcp_end(sock)
         except OSError:
             return None
-        code = errno.ENOTCONN if state == _CLOSED else errno.ESHUTDOWN
-        return OSError(code, os.strerror(code))
+        return OSError(code, os.strerror(code)) if code else None
+
+    def _false_tcp_end(sock: socket.socket) -> int:
+        state = _state(sock)
+        if state in _PEER_FINISHED or _may_have_fin(sock, state):
+            return 0
+        return errno.ENOTCONN if state == _CLOSED else errno.ESHUTDOWN
+
+    def _false_multipath_end(sock: socket.socket) -> int:
+        flags_token = _flags_and_token(sock)
+        if flags_token is None:  # one connection, whose loss is no end of the input
+            state = _state(sock)
+        elif token := flags_token[1]:
+            state = _multipath_state(token)
+        else:
+            return errno.ENOTCONN
+        return 0 if state in _PEER_FINISHED or state == _CLOSED else errno.ESHUTDOWN
+
+    def _flags_and_token(sock: socket.socket) -> tuple[int, int] | None:
+        """Of MPTCP_INFO, which is refused of a connection that fell back to TCP.
+
+        The token (RFC 8684, 3.2) is 0 once it has been reset, the flags after a reset of
+        our own: else there is MPTCP_INFO_FLAG_REMOTE_KEY_RECEIVED.
+        """
+        try:
+            info = sock.getsockopt(_SOL_MPTCP, _MPTCP_INFO, 16)
+        except OSError:
+            return None
+        flags, token = struct.unpack("8xII", info)
+        return flags, token
+
+    def _multipath_state(token: int) -> int:
+        """The state of the whole, not of its first subflow: sock_diag(7) alone tells it.
+
+        Raises:
+          OSError: it does not tell this process, or not here. The kernel may lack
+            INET_MPTCP_DIAG, and the socket may be of another network namespace.
+        """
+        # struct inet_diag_req_v2, whose sdiag_protocol has no room for that of MPTCP.
+        question = struct.pack("=B47xII", socket.AF_INET, token, 0)
+        question += struct.pack("=HHI", 8, _PROTOCOL, IPPROTO_MPTCP)
+        header = struct.pack("=IHHII", 16 + len(question), _BY_FAMILY, _REQUEST, 0, 0)
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+        with socket.socket(socket.AF_NETLINK, kind, _SOCK_DIAG) as kernel:
+            kernel.send(header + question)
+            answer = kernel.recv(64)
+        if struct.unpack_from("4xH", answer) == (_ERROR,):
+            raise OSError(-struct.unpack_from("16xi", answer)[0], "sock_diag")
+        return answer[17]  # idiag_state
 
     def _may_have_fin(sock: socket.socket, state: int) -> bool:
         # Where the kernel does not tell, one that has been received shows in the state
@@ -142,11 +190,10 @@ if sys.platform == "linux":
             return own.recv(1) == b"" and _has_fin(own)
 
     def _is_dissolved(sock: socket.socket) -> bool:
-        # As by reset(): first it says ECONNRESET, as after a reset by the peer. MPTCP
-        # says that of the peer's alone.
+        # As by reset(): first it says ECONNRESET, as after a reset by the peer.
         try:
             if is_multipath(sock):
-                return False
+                return _flags_and_token(sock) == (0, 0)
             sock.recv(1, PEEK | DONTWAIT)
         except OSError as exc:
             return exc.errno == errno.ENOTCONN
@@ -161,18 +208,12 @@ if sys.platform == "linux":
         try:
             if size == 0 and _state(sock) == _SYN_RECEIVED:
                 return None  # it is 0 then, whatever was sent
-            if size and is_multipath(sock) and not _has_subflows(sock):
+            if size and is_multipath(sock) and _flags_and_token(sock) is None:
                 # mptcp_ioctl_outq() of net/mptcp/protocol.c is one too many at first.
                 return size if _has_acked(sock) else None
         except OSError:
             return None
         return size
-
-    def _has_subflows(sock: socket.socket) -> bool:
-        """Whether the MPTCP socket has not fallen back to TCP: MPTCP_INFO is refused."""
-        with suppress(OSError):
-            return bool(sock.getsockopt(_SOL_MPTCP, _MPTCP_INFO, 1))
-        return False
 
     def _has_acked(sock: socket.socket) -> bool:
         """Whether the peer has acknowledged more than the SYN: tcpi_bytes_acked."""
@@ -225,7 +266,8 @@ if sys.platform == "linux":
         try:
             if is_multipath(sock):
                 error = loss(sock)
-                return error is not None and is_unknown(error)
+                is_over = error is not None and is_unknown(error)
+                return is_over and false_end(sock) is None
             state = _state(sock)
             return (state in _BOTH_FINISHED and fin_has_left(sock)) or (
                 state == _CLOSED

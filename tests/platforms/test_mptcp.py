@@ -6,6 +6,7 @@ listening sockets are of this kind, whatever their Python objects believe.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ from anyio_rst import (
     PeerReset,
     Server,
     _sockets,
+    _tcp_info,
     connection_scope,
     serve_tcp,
     testing,
@@ -582,6 +584,103 @@ async def test_a_fin_that_an_earlier_owner_sent_is_known(theirs: int, ours: int)
                 await conn.send(b"x")
         assert conn.ending is not None
         assert conn.ending.kind is CloseKind.FIN
+
+
+# Ends of the input that are not the peer's FIN: made or read off by somebody else here.
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+async def test_receiving_shut_down_by_somebody_else_is_no_fin(
+    theirs: int, ours: int
+) -> None:
+    async with pair(theirs, ours) as (stream, peer):
+        async with connection_scope(stream) as conn:
+            raw_of(conn).shutdown(socket.SHUT_RD)
+            with pytest.raises(anyio.ClosedResourceError, match="by somebody else"):
+                await conn.receive()
+            await conn.send(b"answer")
+        assert conn.ending is not None
+        assert (conn.ending.kind, conn.ending.peer) == (CloseKind.FIN, PeerClose.NONE)
+        assert await peer.read_to_end() == Seen(b"answer", PeerClose.FIN)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+@pytest.mark.parametrize("half_closed", [False, True])
+async def test_a_fin_is_one_with_receiving_shut_down(
+    theirs: int, ours: int, half_closed: bool
+) -> None:
+    async with pair(theirs, ours) as (stream, peer):
+        async with connection_scope(stream) as conn:
+            if half_closed:
+                await conn.send_eof()
+            raw_of(conn).shutdown(socket.SHUT_RD)
+            peer.send_eof()
+            await arrived(peer)
+            with pytest.raises(anyio.EndOfStream):
+                await conn.receive()
+        assert conn.ending is not None
+        assert (conn.ending.kind, conn.ending.peer) == (CloseKind.FIN, PeerClose.FIN)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+@pytest.mark.parametrize("half_closed", [False, True])
+async def test_a_reset_that_somebody_else_was_told_is_no_fin(
+    theirs: int, ours: int, half_closed: bool
+) -> None:
+    async with pair(theirs, ours) as (stream, peer):
+        with pytest.raises(Failure):
+            async with connection_scope(stream) as conn:
+                await conn.send(b"x")  # which one that has fallen back waits for
+                assert await peer.receive(1) == b"x"
+                if half_closed:
+                    await conn.send_eof()
+                    assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
+                peer.reset()
+                raw = raw_of(conn)
+                with anyio.fail_after(LONG):
+                    while not raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                        await anyio.sleep(0.001)
+                with pytest.raises(anyio.BrokenResourceError):
+                    await conn.receive()
+                raise Failure
+        assert conn.ending is not None
+        assert (conn.ending.kind, conn.ending.peer) == (CloseKind.RST, PeerClose.NONE)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+@pytest.mark.parametrize("sends", [False, True])
+async def test_a_reset_by_somebody_else_is_not_the_peers(
+    theirs: int, ours: int, sends: bool
+) -> None:
+    async with pair(theirs, ours) as (stream, peer):
+        async with connection_scope(stream) as conn:
+            raw = raw_of(conn)
+            assert _sockets.reset(raw)
+            with pytest.raises(anyio.BrokenResourceError) as raised:
+                await (conn.send(b"x") if sends else conn.receive())
+            assert not isinstance(raised.value, PeerReset)
+        assert conn.ending is not None
+        assert (conn.ending.kind, conn.ending.peer) == (CloseKind.RST, PeerClose.NONE)
+        assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_kernel_that_does_not_tell_is_believed(
+    family: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without INET_MPTCP_DIAG, or a process that may not ask."""
+    address = "127.0.0.1" if family == socket.AF_INET else "::1"
+    with socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP) as listener:
+        listener.bind((address, 0))
+        listener.listen()
+        with socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP) as sock:
+            sock.connect(listener.getsockname())
+            sock.shutdown(socket.SHUT_RD)
+            false_end = _tcp_info.false_end(sock)
+            assert false_end is not None
+            assert false_end.errno == errno.ESHUTDOWN
+            monkeypatch.setattr(_tcp_info, "_SOCK_DIAG", 99)
+            assert _tcp_info.false_end(sock) is None
 
 
 async def test_epipe_is_the_reset_that_it_is(client: int) -> None:
