@@ -77,6 +77,8 @@ class SocketIO(Record, SocketStream):
         self._copy: socket.socket | None = None  # of the socket, for those who ask for it
         self._reader: Reader | None = None
         self._ahead: bytes | memoryview = ahead  # read, and not received yet
+        # By hand, not by a guard: an exception of a signal handler may strike in its
+        # __exit__(), and leave it taken.
         self._receiving = False
         self._sending = False
         self._misses = 0  # receives in a row that found nothing after one turn
@@ -228,15 +230,12 @@ class SocketIO(Record, SocketStream):
                 await checkpoint_if_cancelled()
             else:
                 await checkpoint()
-            self.refuse_if_closed()
-            while view := self._write(view):
-                await wait_for_room(self._sock)
-                self.refuse_if_closed()
+            if self._closed:
+                await self._closed_meanwhile()
+            if view := self._write(view):
+                await self._write_all(view)
             if at_once:
                 await cancel_shielded_checkpoint()
-        except ClosedResourceError:
-            await checkpoint_if_cancelled()  # which may be why it was closed
-            raise
         finally:
             self._sending = False
 
@@ -252,23 +251,34 @@ class SocketIO(Record, SocketStream):
             await checkpoint()
             self._refuse_to_send()
             while not _sockets.is_writable(self._sock):
-                await wait_for_room(self._sock)
-                self.refuse_if_closed()
+                await self._wait_for_room()
             self.mid_send = True  # what is made, and not sent, is missing in the session
             try:
                 view = memoryview(await make())
             except EndOfStream:
                 self.mid_send = False
                 raise
-            self.refuse_if_closed()
-            while view := self._write(view):
-                await wait_for_room(self._sock)
-                self.refuse_if_closed()
-        except ClosedResourceError:
-            await checkpoint_if_cancelled()  # which may be why it was closed
-            raise
+            if self._closed:
+                await self._closed_meanwhile()
+            await self._write_all(view)
         finally:
             self._sending = False
+
+    async def _write_all(self, view: memoryview) -> None:
+        while view := self._write(view):
+            await self._wait_for_room()
+
+    async def _wait_for_room(self) -> None:
+        try:
+            await wait_for_room(self._sock)
+        except ClosedResourceError:
+            await self._closed_meanwhile()
+        if self._closed:
+            await self._closed_meanwhile()
+
+    async def _closed_meanwhile(self) -> NoReturn:
+        await checkpoint_if_cancelled()  # which may be why it was closed
+        raise ClosedResourceError
 
     def _write(self, view: memoryview) -> memoryview:
         """Send what the kernel takes, and return the rest."""
@@ -296,8 +306,7 @@ class SocketIO(Record, SocketStream):
             await checkpoint()
             if self._closed or self._sock.fileno() == -1:
                 raise ClosedResourceError
-            await wait_for_room(self._sock)
-            self.refuse_if_closed()
+            await self._wait_for_room()
         finally:
             self._sending = False
 

@@ -113,37 +113,41 @@ class SecureStream:
             raise ValueError("max_bytes must be a positive integer")
         if self._receiving:
             raise BusyResourceError("reading from")
-        engine = cast("Engine", self._engine)
         self._receiving = True
         try:
+            engine = cast("Engine", self._engine)
             try:
-                await checkpoint()  # what is decrypted already comes without one
-                self._refuse()
-                data, self._ahead = self._ahead, b""
-                if not data:
-                    data = await engine.receive(max_bytes)
-            except EndOfStream:
-                self._native.look()
+                data = await self._receive(engine, max_bytes)
+                self._native.refuse_if_closed()
+            except ClosedResourceError:
+                await checkpoint_if_cancelled()  # which may be why it was closed
                 raise
-            except Exception as exc:
-                told = await self._translated(exc, engine)
-                raise told from told.__cause__ or exc.__cause__
-            except BaseException as exc:
-                if not self._native.prefers_input(exc):
-                    raise
-                data = await self._receive_arrived(engine, max_bytes)
-                if not data:
-                    raise
-            self._native.refuse_if_closed()
             if self.session is None:
                 self._note_session()
             self.received += len(data)
             return data
-        except ClosedResourceError:
-            await checkpoint_if_cancelled()  # which may be why it was closed
-            raise
         finally:
             self._receiving = False
+
+    async def _receive(self, engine: Engine, max_bytes: int) -> bytes:
+        try:
+            await checkpoint()  # what is decrypted already comes without one
+            self._refuse()
+            data, self._ahead = self._ahead, b""
+            return data or await engine.receive(max_bytes)
+        except EndOfStream:
+            self._native.look()
+            raise
+        except Exception as exc:
+            told = await self._translated(exc, engine)
+            raise told from told.__cause__ or exc.__cause__
+        except BaseException as exc:
+            if not self._native.prefers_input(exc):
+                raise
+            data = await self._receive_arrived(engine, max_bytes)
+            if not data:
+                raise
+            return data
 
     async def _receive_arrived(self, engine: Engine, max_bytes: int) -> bytes:
         """What has arrived, without waiting for the peer; b"" at the end as well."""
@@ -190,32 +194,36 @@ class SecureStream:
     async def send(self, item: bytes) -> None:
         if self._sending:
             raise BusyResourceError("writing to")
-        engine = cast("Engine", self._engine)
         self._sending = True
         try:
+            engine = cast("Engine", self._engine)
             view = memoryview(item).cast("B")
-            await checkpoint_if_cancelled()
-            self._refuse()
             try:
-                await engine.handshake()
-                if self.session is None:
-                    self._note_session()
-                async with self._transport.sending:
-                    await self._transport.flush()
-                    await self._native.send_made(partial(self._encrypt, engine, view))
-                    await self._transport.flush()
-                    self.sent += len(view)
-            except EndOfStream:
-                message = "the peer's FIN has ended the TLS session, in both directions"
-                raise ConnectionLost(message) from None
-            except Exception as exc:
-                told = await self._translated(exc, engine)
-                raise told from told.__cause__ or exc.__cause__
-        except ClosedResourceError:
-            await checkpoint_if_cancelled()
-            raise
+                await checkpoint_if_cancelled()
+                self._refuse()
+                await self._send(engine, view)
+            except ClosedResourceError:
+                await checkpoint_if_cancelled()
+                raise
+            self.sent += len(view)
         finally:
             self._sending = False
+
+    async def _send(self, engine: Engine, view: memoryview) -> None:
+        try:
+            await engine.handshake()
+            if self.session is None:
+                self._note_session()
+            async with self._transport.sending:
+                await self._transport.flush()
+                await self._native.send_made(partial(self._encrypt, engine, view))
+                await self._transport.flush()
+        except EndOfStream:
+            message = "the peer's FIN has ended the TLS session, in both directions"
+            raise ConnectionLost(message) from None
+        except Exception as exc:
+            told = await self._translated(exc, engine)
+            raise told from told.__cause__ or exc.__cause__
 
     async def _encrypt(self, engine: Engine, view: memoryview) -> bytes:
         self._transport.holds = True
