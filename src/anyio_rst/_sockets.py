@@ -149,8 +149,8 @@ def prepare_listener(
 def has_inherited(accepted: socket.socket, listener: socket.socket) -> bool:
     """Whether *accepted* has what :func:`prepare_listener` has set on *listener*.
 
-    Nothing promises it. Linux does so, and FreeBSD from 14 on; gVisor does not, and macOS
-    makes two minutes of SO_LINGER's zero seconds. What MPTCP sockets lack (see
+    Nothing promises it. Linux and FreeBSD 14 do so. gVisor does not, and macOS makes
+    two minutes of SO_LINGER's zero seconds. What MPTCP sockets lack (see
     :func:`keep_alive`) plain ones that they accept cannot have from them.
     """
     options = [
