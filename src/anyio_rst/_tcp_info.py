@@ -31,7 +31,7 @@ def loss(sock: socket.socket) -> OSError | None:
         try:
             sock.getpeername()
         except OSError as exc:
-            error = exc
+            error = pending_error(sock) or exc  # which may have come since
     return error
 
 
