@@ -45,11 +45,11 @@ class Conversation(SocketStream):
 
     @property
     def remote_address(self) -> tuple[str, int] | None:
-        """(host, port) of the peer; None if it had gone before that could be asked.
+        """(host, port) of the peer; None if the peer was gone before it could be read.
 
-        May be set, by who learns from a proxy for whom it speaks. `repr()`, the log,
-        :attr:`Ending.remote_address` and `extra(SocketAttribute.remote_address)` have
-        it then.
+        May be set, for example to the client's address that a proxy has sent. Then
+        `repr()`, the log, :attr:`Ending.remote_address` and
+        `extra(SocketAttribute.remote_address)` have it.
         """
         return self._life.native.remote_address
 
@@ -60,10 +60,10 @@ class Conversation(SocketStream):
 
     @property
     def state(self) -> SimpleNamespace:
-        """A place for what belongs to the connection. Any attribute can be set on it.
+        """A place for your own attributes of the connection.
 
         All scopes on the connection share it, and *on_ending* of :func:`serve_tcp` sees
-        what the handler has left there.
+        what the handler has set.
         """
         life = self._life
         if life.state is None:
@@ -127,9 +127,8 @@ class Conversation(SocketStream):
     async def send_eof(self) -> None:
         """Send the FIN and go on receiving (half-close, RFC 9293, 3.6).
 
-        It commits you: a peer on Linux that only reads takes it for a clean end, and a
-        failure after it can no longer be told to that peer. See
-        :attr:`Ending.fin_sent_before_reset`.
+        The FIN cannot be taken back. A peer on Linux that only reads does not learn of a
+        later failure; see :attr:`Ending.fin_sent_before_reset`.
 
         Raises:
           anyio.BrokenResourceError: an earlier send was interrupted.
@@ -151,35 +150,36 @@ class Conversation(SocketStream):
     ) -> None:
         """Upgrade to TLS in place (STARTTLS), by AnyIO's `TLSStream`.
 
-        From then on a FIN is preceded by a close_notify, and an RST is not. A peer's FIN
-        that no close_notify precedes is :exc:`anyio.BrokenResourceError`. `send_eof()`
+        From then on a close_notify goes before a FIN, but not before an RST. A peer's
+        FIN without a close_notify raises :exc:`anyio.BrokenResourceError`. `send_eof()`
         raises :exc:`NotImplementedError`. A handshake that fails or is cancelled resets
-        the connection; if it fails here, the peer is sent the TLS alert that says why
-        (RFC 8446, 6.2).
+        the connection. If it fails on this side, the peer first gets the TLS alert that
+        says why (RFC 8446, 6.2).
 
-        It holds for all scopes on the connection. What others send or receive in the
-        meantime is refused with :exc:`anyio.BusyResourceError`.
+        All scopes on the connection use the session. Other tasks that send or receive
+        during the handshake get :exc:`anyio.BusyResourceError`.
 
         Args:
-          ssl_context: with a certificate on the server's side, where it is needed; on
-            the client's, None for the default context of :mod:`ssl`.
-          server_side: which side this is; None to tell it from the context, or from
-            whether there is a *hostname*.
-          hostname: of the peer, on the client's side, to be checked.
-          standard_compatible: False, as in AnyIO, for protocols that delimit
-            themselves: no close_notify is sent, and the peer's FIN without one is
-            :exc:`anyio.EndOfStream`.
+          ssl_context: required on the server's side, with a certificate; on the
+            client's side, None for the default context of :mod:`ssl`.
+          server_side: which side this is; None to decide by the context, or by whether
+            there is a *hostname*.
+          hostname: on the client's side, the name to check the peer's certificate for.
+          standard_compatible: False, as in AnyIO, for protocols that delimit their
+            messages themselves: no close_notify is sent, and the peer's FIN without one
+            is :exc:`anyio.EndOfStream`.
 
         Raises:
           ssl.SSLError: the handshake failed.
-          PeerReset: the peer reset the connection in the middle of it.
-          anyio.BrokenResourceError: it was lost in another way; or plaintext that came
-            before the handshake is in a buffer, and would surface after it
-            (CVE-2011-0411). The connection is reset then as well.
+          PeerReset: the peer reset the connection during the handshake.
+          anyio.BrokenResourceError: the connection was lost in another way; or a buffer
+            holds plaintext from before the handshake, which would look protected after
+            it (CVE-2011-0411). Then the connection is reset as well.
           anyio.BusyResourceError: a task is waiting in the connection.
           anyio.ClosedResourceError: the connection has ended.
-          TypeError, ValueError: the arguments do not fit each other, or this side.
-          RuntimeError: TLS has been started.
+          TypeError, ValueError: the arguments contradict each other, or one that this
+            side needs is missing.
+          RuntimeError: TLS has already been started.
         """
         server_side = check_tls(ssl_context, server_side, hostname)
         life = self._life

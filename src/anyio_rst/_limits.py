@@ -11,22 +11,21 @@ __all__ = ["Drain"]
 
 @dataclass(frozen=True)
 class Drain:
-    """How long a clean end goes on reading what the peer still sends.
+    """The limits of the drain: how long a clean end discards what the peer still sends.
 
-    A socket that is closed with unread input resets the connection, and the answer that
-    was under way with it (RFC 2525, 2.17; RFC 9112, 9.6). A clean end therefore sends
-    its FIN, reads and discards until the peer's FIN, and then closes. A peer that never
-    closes would hold it for ever, so there are limits; whichever is reached first ends
-    the drain.
+    To close a socket with unread input resets the connection and destroys the answer
+    that is under way (RFC 2525, 2.17; RFC 9112, 9.6). So a clean end sends its FIN, reads
+    and discards until the peer's FIN, and then closes. The first limit that is reached
+    ends the drain, too.
 
     Args:
-      timeout: seconds without progress, which is that the peer's TCP acknowledges what
-        we have sent: a slow reader gets all of it. What the peer sends is none. It is
-        looked at once in that time, so it may take twice as long to be missed. Where
-        that cannot be seen (all but Linux), seconds from our FIN on. 0 discards only
-        what has already arrived.
+      timeout: seconds without progress. Progress means that the peer's TCP acknowledges
+        data, so a slow reader gets all of it; input from the peer is not progress. It is
+        checked once in that time, so the drain may last twice as long. Where progress
+        cannot be seen (all but Linux), seconds from our FIN on. 0 discards only what has
+        already arrived.
       max_bytes: bytes to discard, or None for no limit.
-      total: seconds from our FIN on, whatever the progress, or None for no limit.
+      total: seconds from our FIN on, or None for no limit.
 
     Raises:
       TypeError: a limit is not a number.

@@ -19,24 +19,24 @@ class PeerClose(enum.Enum):
     """It reset the connection."""
 
     LOST = "LOST"
-    """Nothing. It or the way to it is gone, by a time-out (ETIMEDOUT, see *keepalive* of
-    :func:`serve_tcp`) or as an unreachable host or network."""
+    """It sent no end, but it or the path to it is gone: a time-out (ETIMEDOUT, see
+    *keepalive* of :func:`serve_tcp`), or an unreachable host or network."""
 
     NONE = "NONE"
     """Nothing was seen before the connection was closed here."""
 
 
 class ConnectionLost(BrokenResourceError):
-    """The connection was lost, and nobody here is to blame for it.
+    """The connection was lost, and not by a fault on this side.
 
-    Raised by :class:`Connection`, from the error that told. What has been received may
-    be truncated.
+    Raised by :class:`Connection`, from the :exc:`OSError` that reported it. What has been
+    received may be truncated.
     """
 
 
 class PeerReset(ConnectionLost):
     """The peer reset the connection: what has been received may be truncated.
 
-    The peer's FIN stays :exc:`anyio.EndOfStream`, and any other loss (a time-out, an
+    The peer's FIN raises :exc:`anyio.EndOfStream`, and another loss (a time-out, an
     unreachable host) a plain :exc:`ConnectionLost`.
     """
