@@ -32,15 +32,15 @@ class CloseKind(enum.Enum):
     """What ended the connection."""
 
     FIN = "FIN"
-    """Our FIN, which told the peer *that was all*. With a cause that resets: the peer
-    had finished as well, and no RST is sent on a connection that is over."""
+    """Our FIN, which said *that was all*. Also with a cause that resets, if both sides
+    had already finished, since no RST can be sent then."""
 
     RST = "RST"
-    """A reset, ours or, where `cause` alone would have earned a FIN, one that came
-    before the FIN had left this machine, as a rule the peer's.
+    """A reset. If `cause` would have earned a FIN, the connection was gone before the
+    FIN left this machine, usually by a reset of the peer.
 
-    Ours has been sent, or, where the kernel cannot do that while somebody else has a copy
-    of the descriptor (all but Linux's own), it is sent when the last copy is closed."""
+    Our RST has been sent. On kernels other than Linux, if another process has a copy of
+    the descriptor, it is sent when the last copy is closed."""
 
     DETACHED = "DETACHED"
     """Nothing. The stream was handed back, open."""
@@ -166,18 +166,18 @@ def check_finish_on(finish_on: FinishOn) -> tuple[type[BaseException], ...]:
             raise TypeError(f"finish_on takes exception types, not {item!r}")
         if issubclass(item, BaseExceptionGroup):
             raise TypeError(
-                "finish_on is matched against the leaves of exception groups, so "
-                f"{item.__name__} would never match"
+                f"finish_on cannot take {item.__name__}: only the leaves of an exception "
+                "group are compared"
             )
         types.append(item)
     return tuple(types)
 
 
 class TLSSession(NamedTuple):
-    """What a TLS session was agreed on."""
+    """What a TLS session agreed on."""
 
     version: str
-    """Of the protocol, as of :meth:`ssl.SSLSocket.version`, "TLSv1.3" for example."""
+    """The version of TLS, as in :meth:`ssl.SSLSocket.version`: "TLSv1.3"."""
 
     cipher: str
     """The name of the cipher suite."""
@@ -194,38 +194,37 @@ class Ending:
     """Why."""
 
     outcome: outcome.Outcome[object] | None
-    """`outcome.Value` or `outcome.Error` of the body or handler. None for as long as
-    that goes on, after `aclose()`, `abort()`, `detach()` or a failure of the
-    connection's task group ended the connection before it."""
+    """`outcome.Value` or `outcome.Error` of the body or handler. None while the body
+    continues after the connection has ended by `aclose()`, `abort()`, `detach()` or a
+    failure of its task group."""
 
     peer: PeerClose
     """What the peer did, as far as it was seen."""
 
     remote_address: tuple[str, int] | None
-    """(host, port) of the peer; None if it had gone before that could be asked."""
+    """(host, port) of the peer; None if the peer was gone before it could be read."""
 
     discarded: int
     """Bytes read and dropped while draining."""
 
     unacknowledged: int | None
-    """Bytes sent that the peer's TCP had not acknowledged when the socket was closed;
-    None where the kernel cannot tell (all but Linux's own) or nothing was closed."""
+    """Bytes sent that the peer's TCP had not acknowledged when the socket was closed.
+    None if the kernel cannot tell (only Linux can), or if nothing was closed."""
 
     fin_sent_before_reset: bool
-    """The FIN of `send_eof()` had left before the reset. A peer on Linux that only reads
-    then sees a clean end, and no later reset can correct that."""
+    """Whether the FIN of `send_eof()` was sent before the reset. A peer on Linux that only
+    reads then sees a clean end."""
 
     duration: float
-    """Seconds from when the connection came to be in our hands, by accept() or with the
-    scope, to its end."""
+    """Seconds from accept(), or the entry of the scope, to the end of the connection."""
 
     sent: int
-    """Bytes that the body sent, as far as the kernel took them; over TLS those of the
-    sends that were completed, before encryption."""
+    """Bytes of the body that the kernel has taken. Over TLS, bytes of completed sends
+    before encryption."""
 
     received: int
     """Bytes that the body, or a buffered stream for it, received; over TLS after
-    decryption. What is discarded is not among them."""
+    decryption. Discarded bytes are not included."""
 
     tls: TLSSession | None
     """The TLS session, if there was one at the end."""
@@ -233,8 +232,8 @@ class Ending:
     def as_dict(self) -> dict[str, Any]:
         """The same in the plain types of JSON, for logs and metrics.
 
-        Enums become their values, `outcome` becomes `error`: the type and the text of
-        the exception, or None. A traceback is not in it.
+        Enums become their values. `outcome` becomes `error`: the type and the text of
+        the exception, without its traceback, or None.
         """
         error = getattr(self.outcome, "error", None)
         address = self.remote_address
