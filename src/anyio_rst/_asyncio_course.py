@@ -60,7 +60,7 @@ class Course:
         if reason is not None:
             raise RuntimeError(reason)
         if writer.is_closing():
-            raise ConnectionError("the connection is gone, or closed")
+            raise ConnectionError("the connection is lost or closed")
         lowlevel.arm(writer)
         sock = _sockets.duplicate(writer.get_extra_info("socket"))
         if keepalive is not None:

@@ -137,7 +137,7 @@ class Connecting(ConnectionScope):
     async def __aenter__(self) -> Connection:
         reason = _sockets.why_not_resettable()
         if reason is not None:
-            raise RuntimeError(f"connect_tcp() could not reset a connection: {reason}")
+            raise RuntimeError(f"connect_tcp() could not reset its connection: {reason}")
         if self._connect is None:
             raise RuntimeError("a connect_tcp() can only be entered once")
         stream = await self._connect()

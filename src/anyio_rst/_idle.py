@@ -1,4 +1,4 @@
-"""Waiting for the next request, which may be ended by a server that stops."""
+"""Waiting for the next request, until the server stops or a time-out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Idle"]
 
 
 class Idle:
-    """What :meth:`Connection.idle` gives: whether the wait was ended, and by what."""
+    """What :meth:`Connection.idle` yields: whether the wait was ended, and by what."""
 
     __slots__ = (
         "_cancellations",
@@ -54,7 +54,7 @@ class Idle:
     def __enter__(self) -> Self:
         life = self._life
         if life.native.idle is not None:
-            raise RuntimeError("the connection is idle already")
+            raise RuntimeError("the connection is already in an idle() block")
         self._scope = CancelScope(deadline=current_time() + self._timeout)
         self._ended = False
         self._server_stops = life.server is not None and life.server.stopping
@@ -80,7 +80,7 @@ class Idle:
 
     @property
     def ended(self) -> bool:
-        """The wait was ended. Nothing was received, and it is time to return."""
+        """The wait was ended, and nothing was received. Return now."""
         return self._ended
 
     @property

@@ -357,7 +357,7 @@ class SocketIO(Record, SocketStream):
         if self._loss is not None:
             raise self._lost(self._loss) from self._loss
         if self.peer is PeerClose.NONE:
-            raise ClosedResourceError("receiving was shut down by somebody else")
+            raise ClosedResourceError("other code has shut down receiving on this socket")
         raise EndOfStream
 
     def _refuse_to_send(self) -> None:
@@ -368,6 +368,6 @@ class SocketIO(Record, SocketStream):
             raise self._lost(self._loss) from self._loss
         if self.mid_send:
             raise BrokenResourceError(
-                "an earlier send() was cut short after some of its bytes: whatever "
-                "followed would be garbage to the peer"
+                "an earlier send() was cut short after some of its bytes, so nothing can "
+                "be sent after them"
             )

@@ -102,7 +102,7 @@ class Lifecycle:
             if buffer.buffer:
                 raise BrokenResourceError(
                     f"{len(buffer.buffer)} bytes of plaintext came before the TLS "
-                    "handshake, and would be taken for a part of what it protects"
+                    "handshake, and would look as if TLS had protected them"
                 )
         session = SecureStream(self.native)
         self.stream = session

@@ -52,7 +52,7 @@ def check_sockets(sockets: object, port: int) -> list[socket.socket]:
         if not isinstance(sock, socket.socket):
             raise TypeError(f"{name} must be a socket.socket, not {sock!r}")
         if isinstance(sock, ssl.SSLSocket):
-            raise TypeError(f"{name} is an SSLSocket; serve_tcp takes plain ones")
+            raise TypeError(f"{name} is an SSLSocket: pass a plain socket")
         _refuse_unless_listening(sock, name)
         if sock.fileno() in checked:
             raise ValueError(f"{name} is the same as {checked[sock.fileno()]}")
@@ -76,7 +76,7 @@ def _refuse_unless_listening(sock: socket.socket, name: str) -> None:
         # Ask the kernel: what *sock* believes came with whoever made it of a descriptor.
         actual = socket.socket(fileno=sock.fileno())
     except OSError as exc:
-        raise ValueError(f"{name} is no open socket: {exc}") from exc
+        raise ValueError(f"{name} is not an open socket: {exc}") from exc
     try:
         if not _sockets.is_tcp(actual):
             family = getattr(actual.family, "name", actual.family)
@@ -86,7 +86,7 @@ def _refuse_unless_listening(sock: socket.socket, name: str) -> None:
                 f"protocol {actual.proto}"
             )
         if _sockets.is_listening(actual) is False:
-            raise ValueError(f"{name} is not listening")
+            raise ValueError(f"{name} is not listening: call its listen()")
     finally:
         actual.detach()
 
@@ -95,7 +95,7 @@ def check_reuse_port(reuse_port: object) -> None:
     if not isinstance(reuse_port, bool):
         raise TypeError(f"reuse_port must be True or False, not {reuse_port!r}")
     if reuse_port and not _sockets.CAN_REUSE_PORT:
-        raise ValueError("reuse_port: this platform has no SO_REUSEPORT")
+        raise ValueError("reuse_port must be False: this platform has no SO_REUSEPORT")
 
 
 class Inherited(enum.Enum):

@@ -153,7 +153,7 @@ async def serve_tcp(
     check_keepalive(keepalive)
     timeout = check_seconds("handshake_timeout", handshake_timeout)
     if not timeout:
-        raise ValueError("handshake_timeout must be > 0: no handshake takes no time")
+        raise ValueError(f"handshake_timeout must be > 0, not {handshake_timeout!r}")
     if ssl_context is not None:
         check_tls(ssl_context, True, None)
     if preamble is not None:
@@ -162,7 +162,7 @@ async def serve_tcp(
         check_number("max_connections", max_connections, 1, None)
     check_reuse_port(reuse_port)
     if task_group is not None and not hasattr(task_group, "start_soon"):
-        raise TypeError(f"task_group has no start_soon(): {task_group!r}")
+        raise TypeError(f"task_group must be a task group or nursery, not {task_group!r}")
     check_on_ending(on_ending)
 
     if sockets is None:
@@ -170,8 +170,8 @@ async def serve_tcp(
     else:
         if host is not None or backlog != DEFAULT_BACKLOG or reuse_port:
             raise ValueError(
-                "sockets are bound and listening already: host, backlog and reuse_port "
-                "do not go with them"
+                "host, backlog and reuse_port cannot be combined with sockets, which are "
+                "already bound and listening"
             )
         listening = check_sockets(sockets, port)
     server = Server(

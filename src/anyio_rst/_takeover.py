@@ -161,8 +161,8 @@ def _look_under(stream: object) -> tuple[Any, Address | None]:
         )
     if not is_anyios(stream):
         raise TypeError(
-            f"{name} is a wrapper around a TCP stream, whose own I/O would not be seen: "
-            "scope the stream inside of it, and wrap the Connection"
+            f"{name} is a wrapper around a TCP stream, whose I/O a scope cannot see: "
+            "scope the stream inside it, and wrap the Connection"
         )
     address = attributes.get(SocketAttribute.remote_address, lambda: None)()
     return attributes[SocketAttribute.raw_socket](), address
@@ -187,7 +187,7 @@ def _refuse_if_taken(stream: object) -> None:
     if is_resting(stream) or (isinstance(stream, NativeStream) and not stream.is_free):
         raise RuntimeError(
             f"the {type(stream).__qualname__} is in another connection_scope() already; "
-            "a scope in a scope takes the Connection"
+            "pass its Connection to a nested scope"
         )
 
 

@@ -265,7 +265,7 @@ class SecureStream:
         if self._sending:
             raise BusyResourceError("writing to")
         await checkpoint()
-        raise NotImplementedError("neither AnyIO's TLS nor Trio's has a half-close")
+        raise NotImplementedError("send_eof() is not supported over TLS")
 
     def _refuse(self) -> None:
         self._native.refuse_if_closed()
@@ -326,7 +326,7 @@ class SecureStream:
         """
         if self._ahead:
             raise RuntimeError(
-                "is_stale() has found input, and decrypted its first byte: receive it"
+                "is_stale() has found input and decrypted its first byte: receive it"
             )
         engine = cast("Engine", self._engine)
         self._native.send_now(self._transport.waiting)

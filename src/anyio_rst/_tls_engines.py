@@ -120,7 +120,7 @@ class Transport(ByteStream):
         return data
 
     async def send_eof(self) -> None:
-        raise NotImplementedError("TLS has no half-close here")
+        raise NotImplementedError("send_eof() is not supported over TLS")
 
     async def aclose(self) -> None:
         """The end of the connection is not the session's to decide."""
@@ -299,6 +299,6 @@ def engine_of(stream: object) -> tuple[Engine, object] | None:
     if isinstance(below, Transport):
         raise RuntimeError(
             f"the {type(stream).__qualname__} is in another connection_scope() already; "
-            "a scope in a scope takes the Connection"
+            "pass its Connection to a nested scope"
         )
     return engine, below

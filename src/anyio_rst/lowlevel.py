@@ -95,8 +95,8 @@ def finish(sock: object) -> None:
     waiting = _waiting_to_be_sent(sock)
     if waiting:
         raise RuntimeError(
-            f"{waiting} bytes wait in the transport: its write_eof() sends a FIN behind "
-            "them"
+            f"{waiting} bytes wait in the transport: call its write_eof(), which sends "
+            "the FIN after them"
         )
     (owned,) = _sockets_of(sock, connected=True)
     _sockets.disarm(owned)
@@ -175,7 +175,7 @@ def _sockets_of(given: object, *, connected: bool = False) -> list[Any]:
             raise ValueError(f"{name} is closed")
         refuse_unless_tcp(sock, given)
         if connected and is_listening(sock):
-            raise ValueError(f"{name} is listening")
+            raise ValueError(f"{name} is listening: pass a connection")
     return found
 
 

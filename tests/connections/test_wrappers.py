@@ -93,7 +93,7 @@ async def test_wrapper_around_another_stream_is_refused(
     stream, peer = await foreign_pair()
     with peer:
         peer.sock.sendall(b"there")
-        message = "scope the stream inside of it, and wrap the Connection"
+        message = "scope the stream inside it, and wrap the Connection"
         with pytest.raises(TypeError, match=message):
             connection_scope(wrap(stream))
         with pytest.raises(TypeError, match=message):

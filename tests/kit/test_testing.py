@@ -175,7 +175,7 @@ async def test_host_is_the_address_of_both_ends(host: str) -> None:
 def test_host_that_is_no_loopback_address_is_refused(
     opened: Callable[..., object], host: Any
 ) -> None:
-    told = re.escape(f"as 127.0.0.1 or ::1, not {host!r}")
+    told = re.escape(f"such as 127.0.0.1 or ::1, not {host!r}")
     with pytest.raises(ValueError, match=told):
         opened(host=host)
 

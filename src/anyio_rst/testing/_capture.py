@@ -111,7 +111,7 @@ class Capture:
             if address[2] == PACKET_OUTGOING:
                 self._segments.append(_parsed(packet, self._port))
         if self._lost:
-            raise RuntimeError(f"{self._lost} segments were lost: look at them earlier")
+            raise RuntimeError(f"{self._lost} segments were lost: read them earlier")
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class Faults:
           RuntimeError: they are those of another one.
         """
         if self._taken:
-            raise RuntimeError("these faults are those of another connection")
+            raise RuntimeError("these Faults belong to another connection: make new ones")
         self._taken = True
 
     def _wrap(self, sock: socket.socket) -> socket.socket:

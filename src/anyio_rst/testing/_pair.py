@@ -184,7 +184,7 @@ def _check_host(host: str) -> None:
             is_loopback = ip_address(given).is_loopback
     if not is_loopback:
         raise ValueError(
-            f"host must be a loopback address, as 127.0.0.1 or ::1, not {host!r}"
+            f"host must be a loopback address such as 127.0.0.1 or ::1, not {host!r}"
         )
 
 

@@ -131,7 +131,7 @@ class Proxy:
         if every < 1:
             raise ValueError(f"every must be >= 1, not {every!r}")
         if close_notify and after:
-            raise ValueError("it is after some bytes or before the close_notify")
+            raise ValueError("pass either after or close_notify, not both")
         for name, word, words in (
             ("kind", kind, get_args(Kind)),
             ("direction", direction, get_args(Direction)),
