@@ -177,7 +177,7 @@ class TLSSession(NamedTuple):
     """What a TLS session agreed on."""
 
     version: str
-    """The version of TLS, as in :meth:`ssl.SSLSocket.version`: "TLSv1.3"."""
+    """The version of TLS, as in :meth:`ssl.SSLSocket.version`, for example "TLSv1.3"."""
 
     cipher: str
     """The name of the cipher suite."""
@@ -212,8 +212,8 @@ class Ending:
     None if the kernel cannot tell (only Linux can), or if nothing was closed."""
 
     fin_sent_before_reset: bool
-    """Whether the FIN of `send_eof()` was sent before the reset. A peer on Linux that only
-    reads then sees a clean end."""
+    """Whether the FIN of `send_eof()` was sent before the reset. A peer on Linux that
+    only reads then sees a clean end."""
 
     duration: float
     """Seconds from accept(), or the entry of the scope, to the end of the connection."""
