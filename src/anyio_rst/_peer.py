@@ -19,8 +19,8 @@ class PeerClose(enum.Enum):
     """It reset the connection."""
 
     LOST = "LOST"
-    """It sent no end, but it or the path to it is gone: a time-out (ETIMEDOUT, see
-    *keepalive* of :func:`serve_tcp`), or an unreachable host or network."""
+    """It sent no end, but it or the path to it is gone, by a time-out (ETIMEDOUT, see
+    *keepalive* of :func:`serve_tcp`) or an unreachable host or network."""
 
     NONE = "NONE"
     """Nothing was seen before the connection was closed here."""
