@@ -1,13 +1,12 @@
-"""The parts that a truthful end is made of, for whoever writes the next library.
+"""The steps of a truthful end, as functions for other libraries and blocking programs.
 
-From :func:`arm` on, dying means RST. Nothing here needs an event loop: the functions are
-synchronous, and good for blocking programs and threads.
+The functions are synchronous and need no event loop, so they work in blocking programs
+and threads.
 
-Each takes whatever has the TCP socket: a :class:`socket.socket`; a transport or a
+Each takes an object with a TCP socket: a :class:`socket.socket`; a transport or a
 :class:`~asyncio.StreamWriter` of asyncio or uvloop; a stream or listener of AnyIO or
-Trio, over TLS as well; a socket of Trio; a :class:`~anyio_rst.Connection`. What has
-none, or none of TCP, is refused with :exc:`TypeError`, and what is closed with
-:exc:`ValueError`.
+Trio, also over TLS; a socket of Trio; a :class:`~anyio_rst.Connection`. An object without
+a TCP socket is refused with :exc:`TypeError`, and a closed one with :exc:`ValueError`.
 """
 
 from __future__ import annotations
@@ -42,30 +41,30 @@ __all__ = [
 
 
 def arm(sock: object) -> None:
-    """Let whatever closes the socket send an RST, the end of the process included.
+    """Let every close of the socket send an RST, even the death of the process.
 
-    SO_LINGER {1, 0} (socket(7); RFC 9293, 3.10.5). What a listening socket accepts after
-    that is armed on Linux, and not in gVisor. A transport of asyncio's sends a FIN before
-    it closes, and is to be ended by :func:`reset`.
+    Sets SO_LINGER {1, 0} (socket(7); RFC 9293, 3.10.5). Sockets that a listening socket
+    accepts afterwards are armed on Linux, but not in gVisor. A transport of asyncio sends
+    a FIN before it closes, so end it by :func:`reset`.
     """
     for owned in _sockets_of(sock):
         _sockets.arm(owned)
 
 
 def disarm(sock: object) -> None:
-    """Take :func:`arm` back: closing sends a FIN again."""
+    """Undo :func:`arm`: closing sends a FIN again."""
     for owned in _sockets_of(sock):
         _sockets.disarm(owned)
 
 
 def reset(sock: object) -> None:
-    """Send the RST. The socket, or what it is in, is to be closed as ever after that.
+    """Send the RST. Afterwards close the socket, or the object around it, as usual.
 
-    On Linux it goes out in this call, also under a transport, and while other processes
-    have the socket (connect(2), AF_UNSPEC). Where the kernel cannot do that (gVisor), it
-    goes out with the last close: that of a :class:`socket.socket` that blocks is made
-    here, and whatever else has the connection is armed, see :func:`arm`. What has ended
-    already is left alone.
+    On Linux the RST is sent in this call, also under a transport, and while other
+    processes have the socket (connect(2), AF_UNSPEC). Where the kernel cannot do that
+    (gVisor), it is sent with the last close. A blocking :class:`socket.socket` is closed
+    here; anything else is armed, see :func:`arm`. A connection that has already ended is
+    left alone.
 
     Raises:
       ValueError: it is a listening socket.
@@ -82,14 +81,14 @@ def reset(sock: object) -> None:
 
 
 def finish(sock: object) -> None:
-    """Disarm, and send the FIN behind everything that was sent: shutdown(2).
+    """Disarm, and send the FIN after everything that was sent: shutdown(2).
 
-    Receiving goes on. To close while input is unread resets the connection all the same
-    (RFC 2525, 2.17), so read to the end before.
+    You can still receive. Read to the end before you close, because a close with unread
+    input resets the connection (RFC 2525, 2.17).
 
     Raises:
-      RuntimeError: a transport has something to send still, which the FIN would cut off.
-      OSError: the connection is lost; what ended it.
+      RuntimeError: a transport still has data to send, which the FIN would cut off.
+      OSError: the connection was lost, by this error.
       ValueError: it is a listening socket.
     """
     waiting = _waiting_to_be_sent(sock)
@@ -107,11 +106,11 @@ def finish(sock: object) -> None:
 
 
 def unacknowledged(sock: object) -> int | None:
-    """Bytes that were sent, and that the TCP of the peer has not acknowledged.
+    """Bytes that were sent and that the peer's TCP has not acknowledged.
 
-    SIOCOUTQ of tcp(7); None where the kernel cannot tell. 0 proves that everything has
-    arrived at the peer's machine. The opposite proves nothing: an acknowledgement may be
-    under way.
+    SIOCOUTQ of tcp(7); None if the kernel cannot tell. 0 proves that everything has
+    arrived at the peer's machine. Another number proves nothing, because an
+    acknowledgment may be under way.
 
     Raises:
       ValueError: it is a listening socket.
@@ -124,10 +123,10 @@ def unacknowledged(sock: object) -> int | None:
 def set_keepalive(sock: object, seconds: float) -> None:
     """Notice after about *seconds*, 1 to 32767, that the machine of the peer is gone.
 
-    Then calls fail with ETIMEDOUT, whether the connection was idle or something on it was
-    not acknowledged (SO_KEEPALIVE of socket(7), TCP_USER_TIMEOUT of tcp(7); RFC 5482,
-    RFC 9293, 3.8.4). What a listening socket accepts after that has it on Linux, and not
-    in gVisor.
+    Then calls fail with ETIMEDOUT, whether the connection was idle or waited for an
+    acknowledgment (SO_KEEPALIVE of socket(7), TCP_USER_TIMEOUT of tcp(7); RFC 5482,
+    RFC 9293, 3.8.4). Sockets that a listening socket accepts afterwards have it on Linux,
+    but not in gVisor.
     """
     check_keepalive(seconds)
     for owned in _sockets_of(sock):
@@ -136,7 +135,7 @@ def set_keepalive(sock: object, seconds: float) -> None:
 
 @contextmanager
 def reset_on_failure(sock: object) -> Iterator[None]:
-    """Arm, and disarm when the block is done; reset when anything else leaves it.
+    """Arm; disarm if the block returns, and reset if an exception leaves it.
 
     ::
 
@@ -144,7 +143,7 @@ def reset_on_failure(sock: object) -> Iterator[None]:
             sock.sendall(answer)
         sock.close()
 
-    The close is the caller's, and so is to read what the peer still sends.
+    The caller closes the socket, and before that reads what the peer still sends.
     """
     arm(sock)
     try:
