@@ -4,29 +4,13 @@
 
     server = await asyncio.start_server(asyncio_streams.scoped(handler), port=8000)
 
-The I/O stays with the transport of asyncio or uvloop. Beside it there is a second
-descriptor of the socket, so that no close of the transport is the end of the connection:
-that is a reset, or FIN and drain, made as for any :class:`anyio_rst.Connection`.
+The transport of asyncio or uvloop still does the I/O. A second descriptor of its socket
+keeps the connection open until it ends like any :class:`anyio_rst.Connection`, by a reset
+or by FIN and drain. The page "asyncio's streams, unchanged" of the documentation says
+which rules hold, plain and over TLS.
 
-What holds:
-
-- The verdict falls when the handler or block is left, and an RST goes out in that call,
-  below the transport, over TLS without a close_notify. (In gVisor and on all but Linux it
-  may be a turn later on uvloop: over TLS, or with something left to send.)
-- It is armed from its entry on, so a process that dies resets. (Until then it is if the
-  listening sockets are: `lowlevel.arm(sock)` for each of `server.sockets`.)
-- After a success all that was written is sent, however slow the peer reads, and input
-  that nobody wants does not destroy it.
-- `writer.write()` takes all or nothing, so that no time-out of `writer.drain()` tears
-  anything. What cannot be sent any more makes the end an RST.
-
-What does not, or not quite:
-
-- Over TLS a transport of asyncio's closes itself when the peer's close_notify comes: what
-  is written after that is lost, and the connection reset.
-- Over TLS the close_notify is the transport's. If the peer is sending just then, OpenSSL
-  may keep it back, and the peer gets its answer and a bare FIN.
-- What a child task has yet to write when the handler returns is not known to anybody.
+In gVisor and on kernels other than Linux, the RST may be sent a turn of the event loop
+later on uvloop: over TLS, or with data left to send.
 """
 
 from __future__ import annotations
@@ -62,31 +46,32 @@ def scoped(
     keepalive: float | None = None,
     on_ending: Callable[[Ending], object] | None = None,
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]:
-    """Turn *handler* into what :func:`asyncio.start_server` takes, and ends truthfully.
+    """Turn *handler* into one for :func:`asyncio.start_server` that ends truthfully.
 
-    The handler returns: what was written is sent, FIN, *drain*, close. It raises, or is
-    cancelled: RST, and the exception goes on unchanged, to asyncio, which logs it.
+    If the handler returns, the connection sends what was written and FIN, drains, and
+    closes. If it raises an exception or is cancelled, the connection sends RST, and the
+    exception propagates to asyncio, which logs it.
 
-    - `writer.close()` is the explicit success: what the handler does after that changes
-      nothing. While an exception is handled (`finally: writer.close()`) it is not, and
-      how the handler ends decides.
-    - `writer.transport.abort()` is a reset, which it is not without this.
-    - A transport that is closed from outside (`Server.close_clients()`,
-      `Server.abort_clients()`) is a reset, too.
+    - `writer.close()` is the explicit success. What the handler does afterwards changes
+      nothing. But while an exception is handled (`finally: writer.close()`), the end of
+      the handler decides.
+    - `writer.transport.abort()` resets, which it does not without this function.
+    - Closing the transport from outside (`Server.close_clients()`,
+      `Server.abort_clients()`) resets, too.
 
     Args:
       handler: async function of a reader and a writer.
       finish_on, drain, keepalive: see :func:`anyio_rst.connection_scope`. The limits of
-        *drain* are those of sending what is left as well, for which there are 5 s without
-        progress if they leave none.
+        *drain* also apply to sending what is left. If they leave no time for that, it has
+        5 s without progress.
       on_ending: called with the :class:`anyio_rst.Ending` of each connection. An
         exception in it is logged at ERROR.
 
     Raises:
       TypeError: *handler* is not an async function, or another argument is of the wrong
-        type. Of the handler's task: there is no TCP connection.
-      ConnectionError: of the handler's task: the connection was gone before it began.
-      OSError: of the handler's task: no descriptor is left (EMFILE, ENFILE).
+        type. In the handler's task: there is no TCP connection.
+      ConnectionError: in the handler's task: the connection was gone before it began.
+      OSError: in the handler's task: no descriptor is left (EMFILE, ENFILE).
     """
     check_handler(handler, "scoped()")
     types = check_finish_on(finish_on)
@@ -124,7 +109,7 @@ def connection_scope(
     keepalive: float | None = None,
     on_ending: Callable[[Ending], object] | None = None,
 ) -> AbstractAsyncContextManager[Streams, None]:
-    """The same for a block, of a client for example.
+    """End a connection of asyncio's streams the way the block ends.
 
     ::
 
@@ -134,9 +119,9 @@ def connection_scope(
             answer = await streams.reader.read()
         print(streams.ending)
 
-    Use the writer of *streams*. What is done with the one that was given goes out as
-    well, but it is not in :attr:`anyio_rst.Ending.sent`, and its `close()` and its
-    `transport.abort()` are not told from each other: how the block ends decides.
+    Use the writer of *streams*. The original writer sends as well, but
+    :attr:`anyio_rst.Ending.sent` does not count that. Its `close()` and its
+    `transport.abort()` cannot be distinguished, so the end of the block decides.
 
     Args:
       reader, writer: of :func:`asyncio.open_connection`, on TCP.
@@ -157,7 +142,7 @@ def connection_scope(
 
 
 class Streams:
-    """What a scope is entered with: the streams of one connection, and its ending."""
+    """What a scope yields: the streams of one connection, and its ending."""
 
     def __init__(self, course: Course) -> None:
         self._course = course
@@ -174,7 +159,7 @@ class Streams:
 
     @property
     def ending(self) -> Ending | None:
-        """None while the connection is open, then how it ended."""
+        """How the connection ended; None while it is open."""
         return self._course.ending
 
 
