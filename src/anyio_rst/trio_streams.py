@@ -42,7 +42,7 @@ __all__ = ["SocketOptions", "TrioStream", "TrioTLSStream", "as_trio_stream", "sc
 
 
 def as_trio_stream(conn: Connection) -> TrioStream:
-    """*conn* as a stream of Trio's, for a library that takes no other.
+    """Return *conn* as a Trio stream, for a library that takes one.
 
     ::
 
@@ -50,9 +50,9 @@ def as_trio_stream(conn: Connection) -> TrioStream:
             stream = as_trio_stream(conn)
             ws = await trio_websocket.wrap_client_stream(nursery, stream, host, path)
 
-    The connection's owner goes on deciding how it ends, unless the stream is closed
-    before: see :meth:`TrioStream.aclose`. Over TLS, `send_eof()` raises
-    :exc:`NotImplementedError`, as the connection's own does.
+    The connection's owner still decides how it ends, unless the stream is closed first:
+    see :meth:`TrioStream.aclose`. Over TLS, `send_eof()` raises
+    :exc:`NotImplementedError`.
 
     Raises:
       TypeError: *conn* is no :class:`~anyio_rst.Connection`.
@@ -69,16 +69,16 @@ def scoped(
     drain: Drain | None = DEFAULT_DRAIN,
     keepalive: float | None = None,
 ) -> Callable[[TCPStream], Coroutine[Any, Any, None]]:
-    """Give a handler of :func:`trio.serve_tcp` truthful endings, as it is.
+    """Give an unchanged handler of :func:`trio.serve_tcp` truthful endings.
 
     ::
 
         await trio.serve_tcp(trio_streams.scoped(handler), 8000)
 
-    The handler's return is FIN, its failure RST; what it closes itself is in
-    :meth:`TrioStream.aclose`. Its exceptions go on to the server, which they end, as ever
-    with Trio. One that the handler catches itself is no failure: give the function inside
-    of the `try` to this one.
+    If the handler returns, the peer gets FIN, and if it fails RST. What the handler
+    closes itself ends as :meth:`TrioStream.aclose` says. As always with Trio, its
+    exceptions end the server. An exception that the handler catches itself is no failure.
+    To change that, scope the function inside the `try`.
 
     Args:
       handler: async function of one stream, which is a :class:`TrioStream`, or a
@@ -102,7 +102,7 @@ def scoped(
 
 
 class SocketOptions:
-    """What a :class:`trio.SocketStream` shows of its socket."""
+    """The socket and its options, as in a :class:`trio.SocketStream`."""
 
     def __init__(self, conn: Connection) -> None:
         self._conn = conn
@@ -110,10 +110,10 @@ class SocketOptions:
 
     @property
     def socket(self) -> trio.socket.SocketType:
-        """A copy of the connection's socket, to be asked, and closed with it.
+        """A copy of the connection's socket, to read its state and options.
 
-        To close the copy closes nothing else. What is sent and received on it directly
-        is missing in the :class:`~anyio_rst.Ending`.
+        It is closed with the connection; to close it earlier closes nothing else. The
+        :class:`~anyio_rst.Ending` does not count what is sent or received on it directly.
 
         Raises:
           OSError: the connection has ended (EBADF), or no descriptor is left.
@@ -179,11 +179,11 @@ class _Stream(trio.abc.Stream):
     async def aclose(self) -> None:
         """End the connection, or leave that to its owner.
 
-        - As a rule it is :meth:`anyio_rst.Connection.aclose`: FIN, drain, close.
-        - Cancelled, or by :func:`trio.aclose_forcefully`: reset.
-        - While an exception is being handled (`finally: await stream.aclose()`) it closes
-          the stream for those who use it here. What the peer gets, the handler decides,
-          or whoever has the scope: RST if the exception leaves it, FIN if it returns.
+        - Normally it is :meth:`anyio_rst.Connection.aclose`: FIN, drain, close.
+        - If it is cancelled, or called by :func:`trio.aclose_forcefully`, it resets.
+        - While an exception is being handled (`finally: await stream.aclose()`), it closes
+          the stream for its users here. The end of the handler, or of the scope, decides
+          what the peer gets: RST if the exception leaves it, FIN if it returns.
 
         `async with stream:` ends the connection as the block ends.
         """
@@ -212,8 +212,8 @@ class _Stream(trio.abc.Stream):
 class TrioStream(_Stream, trio.abc.HalfCloseableStream, SocketOptions):
     """A :class:`~anyio_rst.Connection` with the methods, meanings and exceptions of Trio.
 
-    What a :class:`trio.SocketStream` has, it has: what the connection raises is the
-    `__cause__` of Trio's exception. It is no instance of that final class, though.
+    It has everything that a :class:`trio.SocketStream` has, but is no instance of that
+    final class. The exception of the connection is the `__cause__` of Trio's exception.
     """
 
     def __init__(self, conn: Connection) -> None:
@@ -221,8 +221,9 @@ class TrioStream(_Stream, trio.abc.HalfCloseableStream, SocketOptions):
         SocketOptions.__init__(self, conn)
 
     async def send_eof(self) -> None:
-        """See :meth:`trio.abc.HalfCloseableStream.send_eof`; and what it commits you to,
-        :meth:`anyio_rst.Connection.send_eof`.
+        """See :meth:`trio.abc.HalfCloseableStream.send_eof`.
+
+        The FIN cannot be taken back, see :meth:`anyio_rst.Connection.send_eof`.
         """
         with _errors_of_trio():
             await self._conn.send_eof()
@@ -249,10 +250,9 @@ _OF_THE_SESSION = {
 class TrioTLSStream(_Stream):
     """The same over TLS, with what a :class:`trio.SSLStream` has.
 
-    Its attributes and methods of :class:`ssl.SSLObject` can be read: `version()`,
+    It has the read-only attributes and methods of :class:`ssl.SSLObject`: `version()`,
     `cipher()`, `getpeercert()`, `selected_alpn_protocol()`, `server_hostname` and the
-    others. There is no `unwrap()`. A FIN is preceded by a close_notify, and an RST is
-    not.
+    others. It has no `unwrap()`. A close_notify goes before a FIN, but not before an RST.
     """
 
     def __init__(self, conn: Connection) -> None:
@@ -260,7 +260,7 @@ class TrioTLSStream(_Stream):
         self._below = SocketOptions(conn)
 
     async def do_handshake(self) -> None:
-        """Do it now, if it has not been done yet.
+        """Do the handshake now, if it has not been done yet.
 
         Raises:
           trio.BrokenResourceError: it failed, or the connection was lost.
@@ -272,7 +272,7 @@ class TrioTLSStream(_Stream):
 
     @property
     def transport_stream(self) -> SocketOptions:
-        """Of the stream below only its socket and the options of that."""
+        """The socket of the stream below and its options, and nothing else."""
         return self._below
 
     def __getattr__(self, name: str) -> Any:
