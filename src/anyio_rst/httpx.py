@@ -5,9 +5,9 @@
     async with httpx.AsyncClient(transport=AsyncHTTPTransport()) as client:
         ...
 
-An exchange is finished when all of the request was sent and httpx has read the response
-to its end. A connection all of whose exchanges are finished ends with FIN, any other with
-RST: a cancelled or failed upload, a download that is given up.
+An exchange is finished when the complete request was sent and httpx has read the response
+to its end. If all exchanges of a connection are finished, it ends with FIN. Otherwise it
+ends with RST, for example after a cancelled upload or a download that was given up.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class AsyncHTTPTransport(httpx.AsyncBaseTransport):
 
         httpx.AsyncClient(transport=AsyncHTTPTransport(http2=True))
 
-    The pool, the protocols and the proxies are those of httpcore. `AsyncClient` ignores
-    its own `verify`, `cert`, `http1`, `http2`, `limits` and the proxies of the
-    environment when it is given a transport: they are arguments of this one.
+    The pool, the protocols and the proxies are those of httpcore. An `AsyncClient` with a
+    transport ignores its own `verify`, `cert`, `http1`, `http2`, `limits` and the proxies
+    of the environment. Pass them to the transport.
 
     `response.extensions["network_stream"].get_extra_info("connection")` is the
-    :class:`~anyio_rst.Connection`, whose `ending` tells how it ended.
+    :class:`~anyio_rst.Connection`, whose `ending` says how it ended.
 
     Args:
       verify, cert, trust_env, http1, http2, limits, proxy, local_address, retries,
@@ -136,7 +136,7 @@ class AsyncHTTPTransport(httpx.AsyncBaseTransport):
         )
 
     async def aclose(self) -> None:
-        """End all connections: FIN for those that are idle, RST for the others."""
+        """End all connections: idle ones with FIN, and the others with RST."""
         await self._pool.aclose()
 
 
