@@ -181,9 +181,9 @@ class _Stream(trio.abc.Stream):
 
         - Normally it is :meth:`anyio_rst.Connection.aclose`: FIN, drain, close.
         - If it is cancelled, or called by :func:`trio.aclose_forcefully`, it resets.
-        - While an exception is being handled (`finally: await stream.aclose()`), it closes
-          the stream for its users here. The end of the handler, or of the scope, decides
-          what the peer gets: RST if the exception leaves it, FIN if it returns.
+        - While an exception is handled (`finally: await stream.aclose()`), it closes the
+          stream for its users here. The end of the handler, or of the scope, decides what
+          the peer gets: RST if the exception leaves it, FIN if it returns.
 
         `async with stream:` ends the connection as the block ends.
         """
