@@ -162,7 +162,7 @@ def test_without_curl_its_part_is_left_out(
     assert __main__.main(["demo"]) == 0
     output = capsys.readouterr().out
     assert list(table(output)) == [RAISES.name]
-    assert "curl is not installed: its part is left out" in output.splitlines()
+    assert "curl is not installed: its rows are left out" in output.splitlines()
 
 
 @pytest.mark.usefixtures("only_one_way")
@@ -226,7 +226,7 @@ def test_program_that_cannot_be_run_is_told() -> None:
 def test_silence_of_a_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_demo_processes, "PATIENCE", 0.1)
     with running([sys.executable, "-c", "input()"]) as process:
-        with pytest.raises(NotMeasured, match="not a word from the server"):
+        with pytest.raises(NotMeasured, match="the server said nothing"):
             process.next_line()
 
 

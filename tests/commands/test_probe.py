@@ -811,7 +811,7 @@ def test_name_that_no_certificate_can_have(
     name = 64 * "\N{SNOWMAN}"
     with serving(sees_reset) as port:
         assert __main__.main(["probe", name, str(port), "--tls"]) == 7
-    line = f"anyio-rst probe: no certificate can be for {name!r}\n"
+    line = f"anyio-rst probe: a certificate cannot be for {name!r}\n"
     assert capsys.readouterr() == ("", line)
 
 
@@ -1086,7 +1086,7 @@ def test_what_is_waited_for(values: dict[str, Any], line: str) -> None:
     assert waits_for(dataclasses.replace(report, **values)) == line
 
 
-NO_SECONDS = "must be a number of seconds above 0, and a day at most"
+NO_SECONDS = "must be seconds, more than 0 and at most a day"
 
 
 @pytest.mark.parametrize(
@@ -1121,7 +1121,7 @@ def test_wrong_arguments(
             "cannot read /no/such/file: No such file or directory",
         ),
         (["--send", "/"], "cannot read /: Is a directory"),
-        (["--tls", "--half-close"], "--half-close is not for --tls: no half-close there"),
+        (["--tls", "--half-close"], "--half-close cannot be combined with --tls"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_connecting(

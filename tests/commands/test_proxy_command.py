@@ -247,7 +247,7 @@ def test_host_to_listen_on_that_there_is_not(
     assert re.fullmatch(r"anyio-rst proxy: (cannot listen on )?.*\n", err)
 
 
-WHOLE = "must be a whole number, {} at least, not {!r}"
+WHOLE = "must be a whole number, at least {}, not {!r}"
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,13 @@ def test_wrong_address_to_listen_on(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--after", "1"], "--after goes with --cut up or --cut down"),
-        (["--with", "rst"], "--with goes with --cut up or --cut down"),
-        (["--every", "2"], "--every goes with --cut up or --cut down"),
-        (["--close-notify"], "--close-notify goes with --cut up or --cut down"),
+        (["--after", "1"], "--after needs --cut up or --cut down"),
+        (["--with", "rst"], "--with needs --cut up or --cut down"),
+        (["--every", "2"], "--every needs --cut up or --cut down"),
+        (["--close-notify"], "--close-notify needs --cut up or --cut down"),
         (
             ["--cut", "up", "--close-notify", "--after", "0"],
-            "--close-notify is instead of --after",
+            "--close-notify and --after cannot be combined",
         ),
     ],
 )

@@ -597,8 +597,8 @@ def test_lost_packets_are_told(
     out, err = capsys.readouterr()
     lost = printer.lost
     assert lost > 0
-    assert err == f"anyio-rst watch: {lost:,} packets lost: they came too fast\n"
-    assert out.splitlines()[-1] == f"{lost:,} packets lost: what they said is not in it"
+    assert err == f"anyio-rst watch: {lost:,} packets lost, because they came too fast\n"
+    assert out.splitlines()[-1] == f"{lost:,} packets lost, which are not counted"
     assert out.count("client FIN, server FIN") >= 2
 
 
@@ -664,7 +664,7 @@ def test_without_the_right_to_it_says_what_to_do() -> None:
     )
     assert (done.returncode, done.stdout) == (77, "")
     assert done.stderr == (
-        "anyio-rst watch: to capture packets takes CAP_NET_RAW: "
+        "anyio-rst watch: capturing packets needs CAP_NET_RAW: "
         f"sudo {sys.executable} -m anyio_rst watch\n"
     )
 
@@ -674,20 +674,20 @@ def test_where_there_are_no_packet_sockets(
 ) -> None:
     monkeypatch.delattr(socket, "AF_PACKET", raising=False)
     assert __main__.main(["watch"]) == 77
-    line = "anyio-rst watch: to capture packets takes Linux\n"
+    line = "anyio-rst watch: capturing packets needs Linux\n"
     assert capsys.readouterr() == ("", line)
 
 
 @captures
 def test_no_such_interface(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["watch", "--interface", "nowhere0"]) == 77
-    line = "anyio-rst watch: no interface 'nowhere0'\n"
+    line = "anyio-rst watch: there is no interface 'nowhere0'\n"
     assert capsys.readouterr() == ("", line)
 
 
 def test_too_many_ports(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["watch", *(f"--port={i}" for i in range(1, 102))]) == 2
-    assert capsys.readouterr() == ("", "anyio-rst watch: at most 100 ports\n")
+    assert capsys.readouterr() == ("", "anyio-rst watch: too many ports: at most 100\n")
 
 
 @captures
@@ -704,8 +704,8 @@ def test_as_many_ports_as_there_may_be() -> None:
     ("argv", "line"),
     [
         (["--port", "0"], "argument --port: must be a number from 1 to 65535, not '0'"),
-        (["--interface", ""], "argument --interface: must have 1 to 15 bytes"),
-        (["--interface", "x" * 16], "argument --interface: must have 1 to 15 bytes"),
+        (["--interface", ""], "argument --interface: must be 1 to 15 bytes long"),
+        (["--interface", "x" * 16], "argument --interface: must be 1 to 15 bytes long"),
         (
             ["--for", "0"],
             f"argument --for: {NO_SECONDS}, not '0'",

@@ -405,7 +405,7 @@ def test_rst_with_another_ttl_is_perhaps_somebody_elses() -> None:
     talk.say(SERVER, RST | ACK, ttl=61)
     told = talk.told()
     assert (told["reset_ttl"], told["usual_ttl"]) == (61, 52)
-    assert "TTL 61 after 52: perhaps from something between" in shown(talk.ended)
+    assert "TTL 61 after 52: perhaps from something in between" in shown(talk.ended)
 
 
 # Before there is a connection.

@@ -60,12 +60,12 @@ def seconds(text: str) -> float:
         number = math.nan
     if not 0 < number <= DAY:
         raise ArgumentTypeError(
-            f"must be a number of seconds above 0, and a day at most, not {text!r}"
+            f"must be seconds, more than 0 and at most a day, not {text!r}"
         )
     return number
 
 
 def interface_name(text: str) -> str:
     if not 0 < len(text.encode(errors="surrogateescape")) <= LONGEST_INTERFACE:
-        raise ArgumentTypeError(f"must have 1 to {LONGEST_INTERFACE} bytes")
+        raise ArgumentTypeError(f"must be 1 to {LONGEST_INTERFACE} bytes long")
     return text

@@ -54,7 +54,7 @@ class Process:
         while b"\n" not in self._said:
             left = max(0, deadline - time.monotonic())
             if not select.select([self._process.stdout], [], [], left)[0]:
-                raise NotMeasured(f"not a word from the server within {PATIENCE:g} s")
+                raise NotMeasured(f"the server said nothing within {PATIENCE:g} s")
             chunk = os.read(self._process.stdout.fileno(), 4096)
             if not chunk:
                 raise NotMeasured(f"the server is gone: {self._last_words()}")
@@ -66,7 +66,7 @@ class Process:
         """The end of a traceback says most."""
         _, errors = self._process.communicate()
         lines = errors.decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line), "without a word")
+        return next((line for line in reversed(lines) if line), "without a message")
 
     def rest(self) -> tuple[int, bytes]:
         """Wait for it to exit: its status, and all that it said.

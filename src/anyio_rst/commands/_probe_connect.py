@@ -149,7 +149,7 @@ async def secure(
         else:
             line = f"no TLS with {where}: {reason_of(exc)}"
     except UnicodeError:
-        line = f"no certificate can be for {report.host!r}"
+        line = f"a certificate cannot be for {report.host!r}"
     else:
         report.tls_handshake_seconds = time.perf_counter() - start
         report.tls_version = conn.extra(TLSAttribute.tls_version)

@@ -29,7 +29,7 @@ class End(enum.Enum):
     TRUNCATED = (
         4,
         "FIN without close_notify",
-        "perhaps truncated: anybody on the way could have sent that FIN",
+        "perhaps truncated: anybody on the path could have sent that FIN",
     )
     SILENCE = (5, "none", "no end: nothing happened for {timeout:g} s")
     NOT_CONNECTED = (6, "none", "not connected")

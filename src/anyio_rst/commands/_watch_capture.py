@@ -78,7 +78,7 @@ class Capture:
 
     def __init__(self, interface: str | None, ports: Sequence[int]) -> None:
         if not hasattr(socket, "AF_PACKET"):
-            raise Unavailable("to capture packets takes Linux")
+            raise Unavailable("capturing packets needs Linux")
         # With a protocol it gets the packets of all interfaces, and at once. What came
         # before there was a filter goes when the ring comes, and is not to be counted.
         protocol = 0 if interface else socket.htons(ETH_P_ALL)
@@ -86,8 +86,8 @@ class Capture:
             self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, protocol)
         except OSError as exc:
             if exc.errno in (errno.EPERM, errno.EACCES):
-                raise NotPermitted("to capture packets takes CAP_NET_RAW") from exc
-            raise Unavailable(f"no packet socket: {exc.strerror}") from exc
+                raise NotPermitted("capturing packets needs CAP_NET_RAW") from exc
+            raise Unavailable(f"cannot open a packet socket: {exc.strerror}") from exc
         self._next = 0
         try:
             attach_filter(self._sock, assembled(ports))
@@ -102,8 +102,8 @@ class Capture:
         except OSError as exc:
             self._sock.close()
             if exc.errno == errno.ENODEV:
-                raise Unavailable(f"no interface {interface!r}") from exc
-            raise Unavailable(f"no capture: {exc.strerror}") from exc
+                raise Unavailable(f"there is no interface {interface!r}") from exc
+            raise Unavailable(f"cannot capture: {exc.strerror}") from exc
 
     def close(self) -> None:
         self._ring.close()

@@ -108,7 +108,7 @@ class Printer:
     def _summary(self, still_open: Counter[int], most: int) -> list[str]:
         lines = table(self._totals.rows(still_open), most)
         if self.lost:
-            lines.append(f"{self.lost:,} packets lost: what they said is not in it")
+            lines.append(f"{self.lost:,} packets lost, which are not counted")
         if self.unreadable:
             lines.append(f"{self.unreadable:,} packets could not be read")
         return lines

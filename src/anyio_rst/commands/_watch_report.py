@@ -77,7 +77,7 @@ def phrases(connection: Connection) -> list[str]:
     if connection.usual_ttl is not None:
         parts.append(
             f"TTL {connection.reset_ttl} after {connection.usual_ttl}: "
-            "perhaps from something between"
+            "perhaps from something in between"
         )
     for name, size in zip((CLIENT, SERVER), connection.unacknowledged, strict=True):
         if size:

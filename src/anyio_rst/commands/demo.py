@@ -1,8 +1,8 @@
 """`demo`: what a client sees of each way out of a handler, without and with anyio_rst.
 
-Every answer is served by a process of its own, because some ways out of a handler end
-the process. The handlers are the same on both sides. The clients, a blocking socket and
-curl, know nothing of either.
+Each answer comes from a process of its own, because some ways out of a handler end the
+process. The handlers are the same on both sides. The clients are a blocking socket and
+curl, and do not use anyio_rst.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def show(loop: str) -> list[Row]:
     put_line(loop, "answer", *SIDES)
     rows = show_rows(loop, "the handler ...", "the client got", WAYS, see_by_socket)
     if shutil.which("curl") is None:
-        put("curl is not installed: its part is left out")
+        put("curl is not installed: its rows are left out")
     else:
         rows += show_rows(
             loop, "the HTTP handler ...", "curl got", HTTP_WAYS, see_by_curl

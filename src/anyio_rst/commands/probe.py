@@ -1,7 +1,7 @@
 """`probe`: how a server ends its connections.
 
-Connect, send a request if there is one, read to the end, and tell what that was: FIN,
-RST, TLS with or without a close_notify, or nothing of that in time.
+Connect, send a request if there is one, read to the end, and say what the end was: FIN,
+RST, TLS with or without a close_notify, or none in time.
 """
 
 from __future__ import annotations
@@ -88,17 +88,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tls",
         action="store_true",
-        help="speak TLS, and check the certificate for HOST",
+        help="use TLS, and check that the certificate is for HOST",
     )
     parser.add_argument(
         "--send",
         metavar="FILE",
-        help="send what is in FILE, or comes from the standard input if it is -",
+        help="send FILE, or the standard input if FILE is -",
     )
     parser.add_argument(
         "--half-close",
         action="store_true",
-        help="send a FIN behind that, for servers that wait for one (not with --tls)",
+        help="then send a FIN, for servers that wait for one (not with --tls)",
     )
     parser.add_argument(
         "--timeout",
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     report = Report(arguments.host, arguments.port, arguments.tls, arguments.timeout)
     if arguments.tls and arguments.half_close:
-        tell("--half-close is not for --tls: no half-close there")
+        tell("--half-close cannot be combined with --tls")
         return USAGE
     try:
         with ExitStack() as stack:

@@ -1,7 +1,7 @@
 """`proxy`: does your client notice a truncated answer?
 
-Pass TCP connections on to UPSTREAM_HOST truthfully: FIN as FIN, each way by
-itself, and RST as RST. With --cut, spoil them at the exact byte.
+Pass TCP connections on to UPSTREAM_HOST: FIN as FIN, in each direction separately,
+and RST as RST. With --cut, cut them at the byte that you choose.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "listen",
         metavar="LISTEN",
         type=listening_address,
-        help="port to listen on, at 127.0.0.1, or HOST:PORT; port 0: any that is free",
+        help="port to listen on, at 127.0.0.1, or HOST:PORT; 0 for any free port",
     )
     parser.add_argument(
         "host", metavar="UPSTREAM_HOST", type=host_name, help="name or address"
@@ -48,59 +48,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cut.add_argument(
         "--cut",
         choices=get_args(Direction),
-        help="which way: up to the upstream, or down to the client",
+        help="cut this direction: up to the upstream, or down to the client",
     )
     cut.add_argument(
         "--after",
         metavar="BYTES",
         type=whole(0),
-        help="when so many bytes have passed that way (default: 0, at once)",
+        help="cut after this many bytes (default: 0, at once)",
     )
     cut.add_argument(
         "--close-notify",
         action="store_true",
-        help="instead, in front of the close_notify that ends a TLS session",
+        help="cut before the close_notify that ends a TLS session, instead of --after",
     )
     cut.add_argument(
         "--with",
         dest="kind",
         choices=get_args(Kind),
-        help="what comes then: fin (default), which looks like a whole answer, rst, or "
+        help="how to cut: by fin (default), which looks like a complete answer, rst or "
         "silence",
     )
     cut.add_argument(
         "--every",
         metavar="N",
         type=whole(1),
-        help="cut each Nth connection only",
+        help="cut every Nth connection only",
     )
-    slow = parser.add_argument_group("to slow connections down, each way by itself")
+    slow = parser.add_argument_group("to slow connections down, in each direction")
     slow.add_argument(
         "--delay",
         metavar="S",
         type=seconds,
         default=0.0,
-        help="hold everything back for S seconds, the end, too",
+        help="delay everything by S seconds, including the end",
     )
     slow.add_argument(
-        "--rate", metavar="BYTES_PER_S", type=whole(1), help="pass on no more than that"
+        "--rate", metavar="BYTES_PER_S", type=whole(1), help="pass on at most this much"
     )
     slow.add_argument(
         "--chunk",
         metavar="BYTES",
         type=whole(1),
-        help="send so many bytes at a time, in a segment of their own",
+        help="send this many bytes at a time, each in its own segment",
     )
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object for each line"
     )
     parser.epilog = f"""\
-Example, and its client in another terminal:
+Example, with a client in another terminal:
 
     anyio-rst proxy 9000 example.org 80 --cut down --after 1000 --with fin
     curl --header "Host: example.org" http://127.0.0.1:9000/; echo "status $?"
 
-Exit status: 130 Ctrl-C, 143 SIGTERM, {USAGE} wrong usage or no way to listen,
+Exit status: 130 Ctrl-C, 143 SIGTERM, {USAGE} wrong usage or cannot listen,
 {NOT_WRITTEN} the output could not be written, {NOT_READ} nobody read it.
 """
 
@@ -113,8 +113,8 @@ def listening_address(text: str) -> tuple[str, int]:
         number = -1
     if not 0 <= number <= 65535 or (":" in host and not host.startswith("[")):
         raise ArgumentTypeError(
-            "must be a number from 0 to 65535, or such a number behind a host and a "
-            f"colon, as 0.0.0.0:9000 or [::1]:9000, not {text!r}"
+            "must be a port from 0 to 65535, or a host and a port such as 0.0.0.0:9000 "
+            f"or [::1]:9000, not {text!r}"
         )
     return (host_name(host) if colon else LOOPBACK), number
 
@@ -127,7 +127,7 @@ def whole(least: int) -> Callable[[str], int]:
             value = -1
         if not least <= value <= MOST:
             raise ArgumentTypeError(
-                f"must be a whole number, {least} at least, not {text!r}"
+                f"must be a whole number, at least {least}, not {text!r}"
             )
         return value
 
@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def what_does_not_go_together(arguments: argparse.Namespace) -> str | None:
     if arguments.close_notify and arguments.after is not None:
-        return "--close-notify is instead of --after"
+        return "--close-notify and --after cannot be combined"
     if arguments.cut is None:
         given = {
             "--after": arguments.after is not None,
@@ -176,7 +176,7 @@ def what_does_not_go_together(arguments: argparse.Namespace) -> str | None:
         }
         for name, is_given in given.items():
             if is_given:
-                return f"{name} goes with --cut up or --cut down"
+                return f"{name} needs --cut up or --cut down"
     return None
 
 

@@ -1,7 +1,7 @@
 """`watch`: how the TCP connections of this machine end, and who ended them.
 
-Each is a line or two as it ends: FIN or RST, by the client or the server, with how much
-in flight. Totals for each port of a server follow.
+Print each connection when it ends: FIN or RST, by the client or the server, and how many
+bytes were in flight. Totals for each server port follow.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Watch:
                 self._printer.lost += lost
         self._printer.connections(self._table.ended)
         if lost:
-            self._printer.tell(f"{lost:,} packets lost: they came too fast")
+            self._printer.tell(f"{lost:,} packets lost, because they came too fast")
         if ticks and not last:
             self._printer.refresh(self._table.open)
 
@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interface",
         metavar="I",
         type=interface_name,
-        help="only what passes this network interface (default: all of them)",
+        help="only packets on this network interface (default: all interfaces)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print JSON objects, one on each line"
@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=seconds,
         dest="duration",
-        help="end after S seconds (default: Ctrl-C ends it)",
+        help="stop after S seconds (default: at Ctrl-C)",
     )
     parser.epilog = f"""\
 Example, as root, or with CAP_NET_RAW:
@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     ports = sorted(set(arguments.port))
     if len(ports) > MOST_PORTS:
-        tell(f"at most {MOST_PORTS} ports")
+        tell(f"too many ports: at most {MOST_PORTS}")
         return USAGE
     try:
         capture = Capture(arguments.interface, ports)
