@@ -1,7 +1,6 @@
 """For tests of protocols: real connections on loopback, and a peer that judges them.
 
-Nothing here is a mock. The peer is a plain socket, and what it reports is what the kernel
-told it.
+Nothing here is a mock. The peer is a plain socket, and reports what the kernel reported.
 """
 
 from __future__ import annotations

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 async def assert_fin(
     peer: Peer, data: bytes | None = None, *, timeout: float = PATIENCE
 ) -> Seen:
-    """The other side ended with FIN, after exactly *data* if that is given.
+    """Assert that the other side ended with FIN, after exactly *data* if that is given.
 
     Args:
-      peer: reads to the end, unless it has seen that already.
-      data: what has come since the peer last read; None for anything.
+      peer: reads to the end, unless it has already seen it.
+      data: what arrived since the peer last read; None for anything.
       timeout: seconds to wait for the end.
 
     Raises:
-      AssertionError: what was expected, and what came.
+      AssertionError: says what was expected, and what came.
     """
     seen = await peer.read_to_end(timeout=timeout)
     if seen.close is PeerClose.FIN and data in (None, seen.data):
@@ -41,14 +41,14 @@ async def assert_fin(
 
 
 async def assert_rst(peer: Peer, *, timeout: float = PATIENCE) -> Seen:
-    """The other side ended with RST. What came before it is in the result.
+    """Assert that the other side ended with RST. The result has the data before it.
 
     Args:
-      peer: reads to the end, unless it has seen that already.
+      peer: reads to the end, unless it has already seen it.
       timeout: seconds to wait for the end.
 
     Raises:
-      AssertionError: what came instead.
+      AssertionError: says what came instead.
     """
     seen = await peer.read_to_end(timeout=timeout)
     if seen.close is not PeerClose.RST:

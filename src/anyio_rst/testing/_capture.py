@@ -50,7 +50,7 @@ class TCPFlag(enum.Flag):
 
 
 class Direction(enum.Enum):
-    """Where a segment went, seen from the port that was asked for."""
+    """Where a segment went, seen from the captured port."""
 
     FROM_PORT = "from the port"
     TO_PORT = "to the port"
@@ -58,7 +58,7 @@ class Direction(enum.Enum):
 
 @dataclass(frozen=True)
 class Segment:
-    """One TCP segment, as loopback carried it: up to 64 KB, and not yet cut."""
+    """One TCP segment, as loopback carried it: up to 64 KB, not yet split."""
 
     direction: Direction
     """From the port that was asked for, or to it."""
@@ -87,16 +87,16 @@ class Capture:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """All segments up to now, in their order; readable after the block too.
+        """All segments up to now, in order. Readable after the block, too.
 
         Raises:
-          RuntimeError: some were lost, as they came faster than they were looked at.
+          RuntimeError: some were lost, because they were not read early enough.
         """
         self._collect()
         return tuple(self._segments)
 
     def having(self, flags: TCPFlag) -> tuple[Segment, ...]:
-        """Those of :attr:`segments` that have all of *flags*."""
+        """The :attr:`segments` that have all of *flags*."""
         return tuple(segment for segment in self.segments if flags in segment.flags)
 
     def _collect(self) -> None:
@@ -124,11 +124,11 @@ def capture_segments(port: int) -> Iterator[Capture]:
             ...
         assert not capture.having(TCPFlag.RST)
 
-    A segment is in it as soon as it has been sent. Works with and without an event loop.
-    Needs Linux and CAP_NET_RAW (capabilities(7)), which root has as a rule.
+    A segment is captured as soon as it has been sent. Works with and without an event
+    loop. Needs Linux and CAP_NET_RAW (capabilities(7)), which root usually has.
 
     Raises:
-      CaptureUnavailable: the process may not, or the platform cannot.
+      CaptureUnavailable: the process is not allowed to, or the platform cannot.
     """
     with open_packet_socket() as sock:
         attach_filter(sock, _filter(port))

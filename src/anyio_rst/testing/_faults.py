@@ -1,4 +1,4 @@
-"""What may go wrong with a connection, made to happen at a byte of one's choice."""
+"""Faults of a connection, at the byte that a test chooses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Faults:
             faults.reset_after(1000)
             await protocol(conn)
 
-    The methods may be called before the block and in it. Bytes and sends count from
-    then on.
+    The methods may be called before the block and in it. Bytes and sends count from the
+    call on.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Faults:
     def shorten_sends(self, count: int, size: int) -> None:
         """Let each of the next *count* send() calls take *size* bytes at most.
 
-        Those are system calls: a :meth:`~anyio_rst.Connection.send` makes as many as it
+        These are system calls. One :meth:`~anyio_rst.Connection.send` makes as many as it
         needs.
 
         Raises:
@@ -55,8 +55,8 @@ class Faults:
     def reset_after(self, size: int) -> None:
         """Let the peer reset when *size* more bytes have been sent; 0 is now.
 
-        The RST has arrived before the next system call of the connection. The peer is
-        closed then.
+        The RST arrives before the next system call of the connection. Then the peer is
+        closed.
 
         Raises:
           ValueError: *size* is negative.

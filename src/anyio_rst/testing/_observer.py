@@ -1,4 +1,4 @@
-"""The peer: a plain TCP socket that says what came, and how it ended."""
+"""The peer: a plain TCP socket that says what arrived, and how it ended."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHOWN = 40
 
 @dataclass(frozen=True)
 class Seen:
-    """What a :class:`Peer` read. Two are equal if *data* and *close* are."""
+    """What a :class:`Peer` read. Two are equal if their *data* and *close* are."""
 
     data: bytes
     """What came since the peer last read."""
@@ -54,14 +54,14 @@ class Seen:
 
 
 class Peer:
-    """A plain non-blocking TCP socket, with nothing of this library's streams in it.
+    """A plain non-blocking TCP socket, without this library's streams.
 
-    It reads only when it is told to. Its errors are those of the socket: an
-    :exc:`OSError` as it comes, and :exc:`anyio.ClosedResourceError` once it is closed
-    here, also for the tasks that are waiting in it then.
+    It reads only when you tell it to. It raises the :exc:`OSError` of the socket, and
+    :exc:`anyio.ClosedResourceError` once it is closed here, also in tasks that were
+    waiting in it.
 
     Args:
-      sock: connected; it becomes non-blocking, and belongs to the peer.
+      sock: a connected socket. It becomes non-blocking, and the peer owns it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -100,7 +100,7 @@ class Peer:
                     raise
 
     def send_eof(self) -> None:
-        """Send the FIN, and go on reading."""
+        """Send the FIN. The peer can still read."""
         self._refuse_if_closed()
         self.socket.shutdown(socket.SHUT_WR)
 
@@ -113,8 +113,7 @@ class Peer:
     def close(self) -> None:
         """Close as any program does. Idempotent.
 
-        That is a FIN; if something has arrived and was not read, the kernel makes it an
-        RST.
+        That sends a FIN, or an RST if there is unread input.
         """
         if self.socket.fileno() != -1:
             with suppress(RuntimeError):  # no event loop: nobody is waiting
@@ -122,10 +121,12 @@ class Peer:
             self.socket.close()
 
     def stop_reading(self) -> None:
-        """Interrupt a reading that is under way: it has seen `NONE`.
+        """Interrupt a :meth:`read_to_end` that is under way, which returns `NONE`.
 
-        What is sent to the peer fills its buffer then, and the receive window closes,
-        after a few KB if the buffer is small.
+        Then data that is sent to the peer fills its buffer, and the receive window
+        closes, after a few KB if the buffer is small. At the end of :func:`open_peer`
+        such a peer reads only after the connection has closed, so the drain lasts until
+        its limit.
         """
         self._stopped = True
         if self._reading is not None:
@@ -135,8 +136,9 @@ class Peer:
         """Read *size* bytes.
 
         Raises:
-          AssertionError: they did not come within *timeout* seconds, or the end did.
-          OSError: the connection was lost in another way than by an RST.
+          AssertionError: the end came first, or the bytes did not come within *timeout*
+            seconds.
+          OSError: the connection was lost other than by an RST.
           anyio.ClosedResourceError: the peer is closed.
         """
         close = await self._read(size, timeout)
@@ -152,14 +154,14 @@ class Peer:
     async def read_to_end(self, *, timeout: float = PATIENCE) -> Seen:
         """Read until the other side's FIN or RST.
 
-        Once this has seen the end, it returns the same again. While another task is
-        reading, it waits for that one.
+        After it has seen the end, it returns the same result again. While another task is
+        reading, it waits for that task.
 
         Args:
-          timeout: seconds after which the answer is `PeerClose.NONE`.
+          timeout: seconds after which the result is `PeerClose.NONE`.
 
         Raises:
-          OSError: the connection was lost in another way than by an RST.
+          OSError: the connection was lost other than by an RST.
           anyio.ClosedResourceError: the peer was closed before it had seen the end.
         """
         start = current_time()
@@ -249,8 +251,8 @@ def connect_peer(
 
     Args:
       port, host: of the server; an IPv4 or IPv6 address.
-      receive_buffer: SO_RCVBUF, in bytes, from before the connection on; None for the
-        kernel's choice. With a small one the window closes soon when nothing is read.
+      receive_buffer: SO_RCVBUF, in bytes, set before connecting; None for the kernel's
+        choice. With a small buffer, the window closes soon if nothing is read.
 
     Raises:
       OSError: the connection could not be made.

@@ -48,7 +48,7 @@ def open_pair(
             assert await server.receive() == b"ping"
 
     When the block returns, both end with FIN, and drain at the same time. When an
-    exception leaves it, both are reset, and it goes on unchanged.
+    exception leaves the block, both are reset, and the exception propagates unchanged.
 
     Args:
       host: a loopback address, IPv4 or IPv6 ("::1").
@@ -108,23 +108,23 @@ def open_peer(
                 await protocol(conn)
         await assert_rst(peer)
 
-    The connection ends when the block does, the way it does. The peer then does what a
-    client does, unless it has stopped reading or is closed: it reads to the end, and
-    closes. What it has seen can be asked for after the block.
+    The connection ends as the block ends. Then the peer does what a client does, unless
+    it has stopped reading or is closed: it reads to the end, and closes. Its results are
+    available after the block.
 
     Args:
       host: a loopback address, IPv4 or IPv6 ("::1").
       finish_on, drain: see :func:`~anyio_rst.connection_scope`.
-      faults: what shall go wrong.
-      small_buffers: the smallest that the kernel allows, on both sides. As long as the
-        peer does not read, its window closes, and a send waits, after about 5 KB on
+      faults: what is to go wrong.
+      small_buffers: use the smallest buffers that the kernel allows, on both sides. While
+        the peer does not read, its window closes, and a send waits, after about 5 KB on
         Linux.
 
     Raises:
       TypeError: *finish_on* or *drain* is of the wrong type.
       ValueError: *host* is not a loopback address.
       OSError: on entry, this machine does not have that address.
-      RuntimeError: on entry, *faults* are those of another connection.
+      RuntimeError: on entry, *faults* belong to another connection.
     """
     _check_host(host)
     types = check_finish_on(finish_on)

@@ -1,4 +1,4 @@
-"""A proxy between a client and a server: truthful, and at the chosen byte not."""
+"""A proxy between a client and a server, which cuts connections at a chosen byte."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ LAST_TURNS = 30
 class Proxy:
     """A TCP proxy, made by :func:`open_proxy`, for as long as its block lasts.
 
-    FIN is passed on as FIN, each direction by itself, and a reset as a reset; if the
-    upstream cannot be reached, the client is reset. What its methods change holds from
-    then on, also for the connections that are open.
+    It passes on a FIN as a FIN, in each direction separately, and a reset as a reset. If
+    the upstream cannot be reached, it resets the client. Its methods take effect at once,
+    also for open connections.
     """
 
     port: int
@@ -92,9 +92,9 @@ class Proxy:
 
     @property
     def connections(self) -> tuple[ProxyConnection, ...]:
-        """What is known of each connection at the moment, in the order of their accepts.
+        """What is known about each connection now, in the order of the accepts.
 
-        Readable after the block too, in which case all have ended.
+        Readable after the block, too, when all have ended.
         """
         return tuple(relay.report() for relay in list(self._relays or self._open))
 
@@ -107,24 +107,25 @@ class Proxy:
         every: int = 1,
         close_notify: bool = False,
     ) -> None:
-        """Cut connections when so many more bytes have been passed on.
+        """Cut connections after a number of bytes.
 
-        This replaces what was asked for before. Bytes count from now on, and for
-        connections to come from their beginning.
+        This replaces an earlier call. Bytes count from now on, and for later connections
+        from their beginning.
 
         Args:
-          after: bytes; 0 is now, and for connections to come right after the connect.
-          kind: what the side gets to which *direction* leads. "fin" is a FIN, and "rst"
-            an RST, and the other side an RST in either case. "silence" is nothing more,
-            not even an end, until that side ends the connection.
+          after: bytes to pass on before the cut. 0 cuts open connections now, and later
+            ones right after the connect.
+          kind: what the side that *direction* leads to gets: "fin", "rst", or "silence",
+            which is nothing more, not even an end, until that side ends the connection.
+            With "fin" and "rst" the other side gets an RST.
           direction: "down" to the client, or "up" to the upstream.
-          every: 3 cuts the third connection from now on, the sixth, and so on. With 1
-            those that are open are cut, too.
-          close_notify: cut a TLS session that begins with the connection in front of its
-            close_notify, and not *after* bytes.
+          every: 3 cuts the third connection from now on, the sixth, and so on. 1 cuts
+            the open connections, too.
+          close_notify: cut a TLS session before its close_notify, and not *after* bytes.
+            The session has to begin with the connection.
 
         Raises:
-          ValueError: a number is too small, or a word not one of these.
+          ValueError: a number is too small, or *kind* or *direction* is not one of these.
         """
         if after < 0:
             raise ValueError(f"after must be >= 0, not {after!r}")
@@ -142,21 +143,20 @@ class Proxy:
         self._call(partial(self._plan, cut))
 
     def mend(self) -> None:
-        """Cut nothing more. What has been cut stays so."""
+        """Cut nothing more. Connections that were cut stay cut."""
         self._call(partial(self._plan, None))
 
     def slow(
         self, *, delay: float = 0.0, rate: int | None = None, chunk: int | None = None
     ) -> None:
-        """Slow down what is passed on, each direction of each connection by itself.
+        """Slow down each direction of each connection.
 
-        This replaces what was asked for before; without arguments, nothing is slow.
+        This replaces an earlier call. Without arguments, nothing is slowed down.
 
         Args:
-          delay: seconds that everything is held back, as by a long line; the end, too.
+          delay: seconds to delay everything by, including the end, as a long line does.
           rate: bytes per second; None for no limit.
-          chunk: bytes to send at a time, in a segment of their own; None for as they
-            come.
+          chunk: bytes to send at a time, each in its own segment; None for no splitting.
 
         Raises:
           TypeError: *delay* is no number.
@@ -227,9 +227,9 @@ def open_proxy(port: int, *, host: str = LOOPBACK) -> Proxy:
             proxy.cut(after=1000, kind="rst")
             ...  # a client of proxy.port
 
-    It listens at 127.0.0.1. In programs without an event loop, `with open_proxy(port)`
-    runs it in a thread, on asyncio; its methods may be called from any thread then.
-    At the end of the block what is open is reset.
+    It listens at 127.0.0.1. In a program without an event loop, `with open_proxy(port)`
+    runs it in a thread, on asyncio. Then its methods may be called from any thread. At
+    the end of the block it resets the open connections.
 
     Args:
       port, host: of the server, the upstream; a name or an address.

@@ -1,4 +1,4 @@
-"""A connection through the proxy: both lanes, what is done to it, and the report."""
+"""A connection through the proxy: both directions, the cut, and the report."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ KEEPALIVE = 60.0
 
 @dataclass(frozen=True)
 class ProxyConnection:
-    """What a :class:`Proxy` knows of one connection."""
+    """What a :class:`Proxy` knows about one connection."""
 
     number: int
     """1 for the first that was accepted."""
 
     client: tuple[str, int] | None
-    """(host, port) of the client; None if it had gone before that could be asked."""
+    """(host, port) of the client; None if it was gone before that could be read."""
 
     up: int
     """Bytes passed on to the upstream."""
@@ -61,19 +61,19 @@ class ProxyConnection:
     """Which of the two was seen first."""
 
     cut: Literal["fin", "rst", "silence"] | None
-    """What was done to it. It is here before anybody can notice it."""
+    """How it was cut. Set before either side can notice."""
 
     cut_direction: Literal["up", "down"] | None
-    """Where that was done."""
+    """The direction that was cut."""
 
     error: str | None
-    """Why the upstream was not to be reached, for which the client was reset."""
+    """Why the upstream could not be reached. Then the client was reset."""
 
     aborted: bool
     """Whether it was open when the proxy ended, which reset both sides."""
 
     duration: float | None
-    """Seconds from its beginning to its end; None as long as it is open."""
+    """Seconds from its beginning to its end; None while it is open."""
 
 
 class Relay:
