@@ -1,4 +1,4 @@
-"""Between a transport of asyncio's or uvloop's and the streams of its user.
+"""The reader and writer of asyncio's streams, between the user and the transport.
 
 The transport goes on doing the I/O. What is here hears what becomes of it, and hands the
 endings that its user asks for on to whoever decides.

@@ -1,4 +1,4 @@
-"""The course of a connection of asyncio's streams: who may end it, and how that is done.
+"""A connection of asyncio's streams from start to end: who may end it, and how.
 
 The transport has the I/O. A second descriptor of its socket, in a `NativeStream`, is what
 keeps the connection, and what ends it.

@@ -1,4 +1,4 @@
-"""The end of a body or handler, which is that of its connection."""
+"""The end of a body or handler, which ends its connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said on a connection, in whichever of its scopes."""
+"""Receiving, sending and TLS on a connection, shared by all of its scopes."""
 
 from __future__ import annotations
 

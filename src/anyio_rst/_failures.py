@@ -1,4 +1,4 @@
-"""What the operator of a server reads of handlers that failed."""
+"""The log records about handlers that failed."""
 
 from __future__ import annotations
 

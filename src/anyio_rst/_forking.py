@@ -1,4 +1,4 @@
-"""What a forked child must not keep: the connections of its parent.
+"""Closing the parent's connections in a forked child.
 
 A copy of its descriptor keeps a connection open, so a peer would hear nothing of the
 death of the parent for as long as the child lives (fork(2)). The child closes the copies.

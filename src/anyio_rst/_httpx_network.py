@@ -1,4 +1,4 @@
-"""A network backend of httpcore's on our connections, and what they end by."""
+"""A network backend for httpcore on our connections, and how they end."""
 
 from __future__ import annotations
 

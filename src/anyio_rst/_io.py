@@ -1,4 +1,4 @@
-"""Receiving and sending straight on a TCP socket, on any event loop.
+"""Receiving and sending directly on a TCP socket, on any event loop.
 
 It knows to the byte what the kernel took.
 """

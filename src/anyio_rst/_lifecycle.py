@@ -1,4 +1,4 @@
-"""A connection's way from open to ended.
+"""The states of a connection, from open to ended.
 
 It is *open* until the verdict falls. An RST ends it in the same instant. After a FIN it
 is *finishing* until the drain is over, and only then has *ended*. Nothing leads back,

@@ -1,4 +1,4 @@
-"""The limits of a connection: of its drain, of times, and of threads."""
+"""The limits of drains and times, and the check for the right thread."""
 
 from __future__ import annotations
 

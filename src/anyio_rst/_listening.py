@@ -1,4 +1,4 @@
-"""Listening sockets: bound here or brought by the caller, and accepting from them."""
+"""Listening sockets, bound here or passed in, and accepting from them."""
 
 from __future__ import annotations
 

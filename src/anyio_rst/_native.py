@@ -1,4 +1,4 @@
-"""How a TCP connection ends: the parts that an ending is made of."""
+"""Ending a TCP connection: the reset, the FIN, the drain and the close."""
 
 from __future__ import annotations
 

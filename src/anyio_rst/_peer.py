@@ -1,4 +1,4 @@
-"""What becomes known of the other side."""
+"""What is known about the peer's end."""
 
 from __future__ import annotations
 

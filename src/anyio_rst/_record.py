@@ -1,4 +1,4 @@
-"""The one record of what has happened to a TCP connection."""
+"""The record of what has happened on a TCP connection."""
 
 from __future__ import annotations
 

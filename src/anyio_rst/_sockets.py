@@ -1,4 +1,4 @@
-"""What the platform does to a TCP socket: every option, ioctl and errno.
+"""Platform facts about TCP sockets: every option, ioctl and errno.
 
 With `_tcp_info`, this is the one place that knows on which platform it runs.
 """

@@ -1,4 +1,4 @@
-"""The totals of a server."""
+"""The counts of a server: its connections and endings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel knows of a TCP connection, without being told to do anything."""
+"""What the kernel knows about a TCP connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TLS: a FIN is preceded by a close_notify, and an RST is not."""
+"""TLS: a close_notify goes before a FIN, and not before an RST."""
 
 from __future__ import annotations
 

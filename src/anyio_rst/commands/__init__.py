@@ -1,4 +1,4 @@
-"""What the command `anyio-rst` can do: each module is one of its commands.
+"""The commands of `anyio-rst`: one module each.
 
 They are programs that stand on the library. Nothing of it imports them, and only what
 they take and print on a terminal is an interface.

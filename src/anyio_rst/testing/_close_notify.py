@@ -1,4 +1,4 @@
-"""Where the close_notify of a TLS stream begins, as far as that shows from outside."""
+"""Finding the close_notify of a TLS stream from outside."""
 
 from __future__ import annotations
 

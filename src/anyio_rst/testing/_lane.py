@@ -1,4 +1,4 @@
-"""One direction of a connection through the proxy, paced, and cut at its byte."""
+"""One direction of a connection through the proxy, slowed down and cut."""
 
 from __future__ import annotations
 
