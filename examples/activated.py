@@ -1,6 +1,6 @@
 """An echo server on the sockets that systemd has opened (sd_listen_fds(3)).
 
-SIGTERM ends it gracefully, and the next one serves those who wait meanwhile.
+SIGTERM ends it gracefully, and the next process serves the clients that wait meanwhile.
 """
 
 import os
@@ -25,7 +25,7 @@ def activated() -> list[socket.socket]:
 
 async def echo(conn: Connection) -> None:
     line = b""
-    with anyio.move_on_after(FIRST):  # it is on its way already, so this is not idle
+    with anyio.move_on_after(FIRST):  # it is on its way, so this is not idle
         line = await anext(conn, b"")
     while line:
         while not line.endswith(b"\n"):
@@ -44,7 +44,7 @@ async def main() -> None:
             server = await tg.start(partial(serve_tcp, echo, sockets=sockets))
             async for _ in signals:
                 break
-            server.stop()  # the backlog from here on is for the next process
+            server.stop()  # from here on the backlog is for the next process
             tg.cancel_scope.deadline = anyio.current_time() + GRACE
 
 

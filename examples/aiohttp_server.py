@@ -1,4 +1,4 @@
-"""An aiohttp server with true endings.
+"""An aiohttp server with truthful endings.
 
 python examples/aiohttp_server.py 8000
 curl --http1.0 http://localhost:8000/-500/500
@@ -16,7 +16,7 @@ from anyio_rst import lowlevel
 
 @web.middleware
 async def true_endings(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The first of the middlewares, so that the others are inside of it."""
+    """The outermost middleware: list it first."""
     connection = request.transport
     tell(lowlevel.arm, connection)
     try:
@@ -33,7 +33,7 @@ async def true_endings(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 def tell(do: Callable[[object], None], connection: object) -> None:
-    with suppress(TypeError, ValueError, OSError):  # a UNIX socket; it has gone
+    with suppress(TypeError, ValueError, OSError):  # a UNIX socket, or already closed
         do(connection)
 
 
@@ -42,7 +42,7 @@ async def note(request: web.Request, response: web.StreamResponse) -> None:
 
 
 async def table(request: web.Request) -> web.StreamResponse:
-    """A table of 1/n, as one writes it: it fails half way if n becomes 0."""
+    """A table of 1/n, which fails half way if n becomes 0."""
     response = web.StreamResponse()
     await response.prepare(request)
     first, last = int(request.match_info["first"]), int(request.match_info["last"])

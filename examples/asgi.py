@@ -1,4 +1,4 @@
-"""An ASGI middleware: an answer that is left half done ends with RST and not with FIN."""
+"""An ASGI middleware: an unfinished answer ends with RST instead of FIN."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,15 +8,15 @@ from anyio_rst import lowlevel
 
 
 def true_endings(app: Any, connection: Callable[[], object]) -> Any:
-    """*connection()*, called by the task of a request, is what has its TCP socket."""
+    """*connection()*, called in the task of a request, returns its TCP connection."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
-        # HTTP/2 and WebSocket have ends of their own.
+        # HTTP/2 and WebSocket mark their own ends.
         done = scope["type"] != "http" or scope["http_version"] not in ("1.0", "1.1")
         begun = False
 
         def tell(do: Callable[[object], None]) -> None:
-            with suppress(TypeError, ValueError, OSError):  # a UNIX socket; it has gone
+            with suppress(TypeError, ValueError, OSError):  # a UNIX socket, or closed
                 do(connection())
 
         async def send_armed(message: Any) -> None:
@@ -26,7 +26,7 @@ def true_endings(app: Any, connection: Callable[[], object]) -> Any:
                 tell(lowlevel.arm)
             elif not (done or message.get("more_body", False)):
                 await send({**message, "more_body": True})
-                tell(lowlevel.disarm)  # all of it is sent, but for the mark of its end
+                tell(lowlevel.disarm)  # all is sent but the mark of its end
                 message = {"type": "http.response.body"}
                 done = True
             await send(message)

@@ -1,4 +1,4 @@
-"""An ASGI server that shows nobody its connections, such as hypercorn, with true endings.
+"""An ASGI server that does not show its connections (hypercorn), with truthful endings.
 
 hypercorn -k trio asgi_hypercorn:app
 curl --http1.0 http://localhost:8000/-500/500
@@ -16,11 +16,11 @@ from asgi_table import table
 
 
 def reset_by_address(app: Any) -> Any:
-    """Reset the connection of an answer that is left half done."""
+    """Reset the connection of an unfinished answer."""
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["http_version"] not in ("1.0", "1.1"):
-            await app(scope, receive, send)  # they have ends of their own
+            await app(scope, receive, send)  # they mark their own ends
             return
         server, client = scope.get("server"), scope.get("client")
         begun = done = False
@@ -42,7 +42,7 @@ def reset_by_address(app: Any) -> Any:
 
 
 def reset(server: tuple[str, int], client: tuple[str, int]) -> None:
-    """Look for the connection among all that this process has open."""
+    """Look for the connection among the open descriptors of this process."""
     for descriptor in map(int, os.listdir("/dev/fd")):
         with suppress(OSError):  # it is closed by now, or not connected
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""uvicorn with true endings.
+"""uvicorn with truthful endings.
 
 python examples/asgi_uvicorn.py 8000
 curl --http1.0 http://localhost:8000/-500/500
@@ -18,7 +18,7 @@ CONNECTION: ContextVar[object] = ContextVar("CONNECTION")
 
 
 class Known(asyncio.Protocol):
-    """The tasks that uvicorn starts for requests find their connection in the context."""
+    """Lets the tasks of requests find their connection in the context."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.connection = transport

@@ -22,13 +22,13 @@ parser = ProxyProtocolDetect()
 
 
 async def proxy_header(conn: Connection) -> None:
-    """Read the header of the balancer, which comes before all that the client says."""
+    """Read the header of the balancer, which comes before the client's first byte."""
     try:
         result = await read_header(conn)
     except anyio.EndOfStream:  # a health check that only connects
         await conn.aclose()
         return
-    if is_ipv4(result) or is_ipv6(result):  # or it speaks for itself
+    if is_ipv4(result) or is_ipv6(result):  # otherwise it is the balancer itself
         host, port = result.source
         conn.remote_address = str(host), port
 
@@ -40,7 +40,7 @@ async def read_header(conn: Connection) -> ProxyResult:
             return parser.unpack(header)
         except ProxyProtocolIncompleteError as exc:
             want = exc.want_read
-        # A line is read byte by byte: what follows it may be TLS, and is not ours.
+        # Read the line byte by byte, because TLS may follow it.
         size = 1 if want.want_bytes is None else want.want_bytes
         if len(header) + size > (MAX_LINE if want.want_line else MAX_HEADER):
             raise ValueError("the header is too long")
@@ -62,7 +62,7 @@ async def main(port: int, certificate: str | None = None) -> None:
     if certificate is not None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificate)
-    # For the balancer alone: whoever else gets here may say that he is anybody.
+    # For the balancer alone: other clients could claim any address.
     host = "127.0.0.1"
     await serve_tcp(echo, port, host=host, preamble=proxy_header, ssl_context=context)
 

@@ -1,4 +1,4 @@
-"""Downloads over HTTP/1.1 of which nobody knows the length before they end.
+"""Downloads over HTTP/1.1 whose length is not known in advance.
 
 curl http://localhost:8000/1/1000     a table of 1/n, all of it
 curl http://localhost:8000/-500/500   fails half way, where n is 0
@@ -17,7 +17,7 @@ TIMEOUT = 10.0  # seconds for a request to arrive
 ROWS = 100  # in one send()
 
 # With no length, the end of the connection is the end of the body (RFC 9112, 6.3). h11
-# would send chunks to a client of HTTP/1.1, so this is not for h11 to write.
+# would send chunks to a client of HTTP/1.1, so it does not write this response.
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
 
 
@@ -31,7 +31,7 @@ async def download(conn: Connection) -> None:
     except TimeoutError:
         await refuse(conn, http, HTTPStatus.REQUEST_TIMEOUT)
     else:
-        if isinstance(request, h11.Request):  # no: a client that asks for nothing
+        if isinstance(request, h11.Request):  # otherwise the client asked for nothing
             await answer(conn, http, request)
 
 
@@ -58,7 +58,7 @@ async def next_event(conn: Connection, http: h11.Connection) -> object:
 
 
 async def refuse(conn: Connection, http: h11.Connection, status: HTTPStatus) -> None:
-    """An error is an answer, too, and this is all of it: the handler returns, FIN."""
+    """An error is a complete answer, too: the handler returns, so FIN."""
     response = h11.Response(
         status_code=status,
         reason=status.phrase,

@@ -1,4 +1,4 @@
-"""Lines in capitals. `quit` ends a session, from deep inside."""
+"""Answers lines in capitals. `quit` ends a session, from deep inside."""
 
 from functools import partial
 

@@ -15,14 +15,14 @@ async def echo(conn: Connection) -> None:
 
 
 async def main() -> None:
-    # Open before there is a port to connect to, so that no signal comes too early.
+    # Opened before the port, so that no signal comes too early.
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with anyio.create_task_group() as tg:
             server = await tg.start(serve_tcp, echo, 8000)
             print("serving on", server.port, flush=True)
             async for _ in signals:
                 break
-            server.stop()  # no new connections; those that are open may finish: FIN
+            server.stop()  # no new connections; open ones may finish: FIN
             tg.cancel_scope.deadline = anyio.current_time() + GRACE  # and then: RST
 
 

@@ -1,4 +1,4 @@
-"""An echo server that no client can have for itself: in number, in silence, in time.
+"""An echo server that limits each client: in number, in silence, in time.
 
 python examples/limits.py 8000
 """
@@ -15,7 +15,7 @@ MAX_CONNECTIONS = 1000
 MAX_PER_SOURCE = 10
 IDLE = 30.0  # seconds from one request to the next
 TOTAL = 600.0  # seconds for a connection
-DRAIN = Drain(timeout=5.0, total=30.0)  # and then for its answer to be taken
+DRAIN = Drain(timeout=5.0, total=30.0)  # then, for the client to take its answer
 
 Source = IPv4Address | IPv6Address | IPv6Network | None
 
@@ -25,11 +25,10 @@ class Limits:
         self._open = Counter[Source]()
 
     async def admit(self, conn: Connection) -> None:
-        """A preamble, so that who is refused does not cost a TLS handshake."""
+        """A preamble, so that a refused client costs no TLS handshake."""
         source = source_of(conn)
         if self._open[source] >= MAX_PER_SOURCE:
-            # With FIN it would look as if it had been served. A reset is also the end of
-            # it here: nothing drains.
+            # FIN would look as if it had been served, and the connection would drain.
             conn.abort()
             return
         self._open[source] += 1

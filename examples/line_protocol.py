@@ -22,18 +22,18 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from anyio_rst import Connection, serve_tcp
 
-MAX_LINE = 512  # bytes, the end of the line included (RFC 5321, 4.5.3.1.4)
+MAX_LINE = 512  # bytes, including the end of the line (RFC 5321, 4.5.3.1.4)
 MAX_REQUESTS = 1000  # on one connection
 MAX_CONNECTIONS = 100
-PATIENCE = 60.0  # seconds for the client to ask, to take an answer, to do a handshake
+PATIENCE = 60.0  # seconds, for a request, for taking an answer, for a handshake
 
 
 class Goodbye(Exception):
-    """The last line, after which nothing is wrong with the connection: FIN."""
+    """A last line, after which the connection ends cleanly: FIN."""
 
 
 class Violation(Exception):
-    """What cannot be answered, since there is no trusting what follows: RST."""
+    """Cannot be answered, because what follows cannot be trusted: RST."""
 
 
 async def serve_lines(conn: Connection, tls: ssl.SSLContext | None = None) -> None:
@@ -66,7 +66,7 @@ def explain(name: str) -> str:
 
 
 async def receive_line(lines: BufferedByteReceiveStream) -> bytes | None:
-    """The next line, or None for a FIN where a line could have begun."""
+    """The next line, or None for a FIN between two lines."""
     try:
         with anyio.fail_after(PATIENCE):
             line = await lines.receive_until(b"\n", MAX_LINE)
@@ -78,7 +78,7 @@ async def receive_line(lines: BufferedByteReceiveStream) -> bytes | None:
         if lines.buffer:
             raise Violation("FIN in the middle of a line") from None
         return None
-    if len(line) >= MAX_LINE:  # all of it came at once
+    if len(line) >= MAX_LINE:  # it came in one piece
         raise Goodbye("-BYE line too long")
     return line
 
@@ -91,8 +91,8 @@ async def send_line(conn: Connection, line: str) -> None:
 async def start_tls(
     conn: Connection, lines: BufferedByteReceiveStream, tls: ssl.SSLContext
 ) -> None:
-    # Else it would be executed after the handshake, as if that protected it
-    # (CVE-2011-0411). What is still on its way breaks the handshake.
+    # Otherwise it would be executed after the handshake, as if TLS had protected it
+    # (CVE-2011-0411). Plaintext that is still on its way breaks the handshake.
     if lines.buffer:
         raise Violation("plaintext behind STARTTLS")
     await send_line(conn, "+OK go ahead")

@@ -27,7 +27,7 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
-        # In ASCII, so that nothing that a peer has sent can end the line.
+        # In ASCII, so that no data of a peer can end the line.
         return json.dumps(entry, default=str)
 
 

@@ -40,7 +40,7 @@ async def main(port: int, metrics_port: int) -> None:
     async with anyio.create_task_group() as tg:
         server = await tg.start(partial(serve_tcp, echo, port, on_ending=count))
         OPEN.set_function(lambda: server.statistics().open_connections)
-        # In a thread of its own, which answers when the event loop does not.
+        # In its own thread, which answers even when the event loop does not.
         start_http_server(metrics_port, addr="127.0.0.1")
 
 

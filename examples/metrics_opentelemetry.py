@@ -1,4 +1,4 @@
-"""The same by OpenTelemetry, which the program has set up: `on_ending=count`."""
+"""The same with OpenTelemetry, if the program has set it up: `on_ending=count`."""
 
 from opentelemetry import metrics
 from opentelemetry.metrics import Observation

@@ -15,7 +15,7 @@ from anyio_rst import Connection, connect_tcp, connection_scope
 MAX_LINE = 512  # bytes
 MAX_CONNECTIONS = 10
 MAX_IDLE = 30.0  # seconds
-TRIES = 3  # of what may be asked twice
+TRIES = 3  # of an idempotent request
 
 
 class Pool(AsyncResource):
@@ -56,7 +56,7 @@ class Pool(AsyncResource):
             await conn.aclose()
         if self._is_closed:
             raise anyio.ClosedResourceError
-        # With no drain: an idle connection has nothing to come.
+        # No drain: nothing is under way on an idle connection.
         conn = await connect_tcp(*self._address, drain=None)
         await exchange(conn, b"")  # the server's greeting
         return conn
@@ -68,7 +68,7 @@ class Pool(AsyncResource):
             self._idle.append((anyio.current_time(), conn))
 
     async def aclose(self) -> None:
-        """FIN for what is idle; a request that is under way is answered before it."""
+        """FIN for idle connections; a request under way is answered before that."""
         self._is_closed = True
         while self._idle:
             await self._idle.pop()[1].aclose()
@@ -85,7 +85,7 @@ async def exchange(conn: Connection, request: bytes) -> bytes:
         answer = await lines.receive_until(b"\r\n", MAX_LINE)
         if lines.buffer:
             raise ValueError("the server sent more than an answer")
-        scope.detach()  # else it would end here
+        scope.detach()  # otherwise the connection would end here
         return answer
 
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that passes the endings on: FIN as FIN, each way by itself, and RST as RST.
+"""A TCP proxy that passes endings on: FIN as FIN, in each direction, and RST as RST.
 
 python examples/proxy.py 8001 localhost 8000
 """
@@ -12,8 +12,8 @@ from anyio_rst import Connection, connect_tcp, serve_tcp
 
 
 async def proxy(host: str, port: int, client: Connection) -> None:
-    # Whatever fails here leaves both scopes: a reset for either side. That is also so if
-    # there is no connection to the server to be had.
+    # A failure here leaves both scopes, which resets both sides. If there is no
+    # connection to the server, it resets the client.
     async with connect_tcp(host, port) as server, anyio.create_task_group() as tg:
         tg.start_soon(pump, client, server)
         tg.start_soon(pump, server, client)

@@ -1,6 +1,6 @@
-"""A line that one client sends is sent to all. A client that is too slow is reset.
+"""Sends each line of a client to all clients, and resets clients that are too slow.
 
-Silently left out, or cut off with FIN, it would believe that it has everything.
+If lines were left out, or it got a FIN, it would believe that it has everything.
 """
 
 import signal
@@ -12,7 +12,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from anyio_rst import Connection, serve_tcp
 
-MAX_LINE = 4096  # bytes, the end of the line included
+MAX_LINE = 4096  # bytes, including the end of the line
 MAX_BEHIND = 1000  # lines that wait for one client
 PATIENCE = 10.0  # seconds for a client to take what is being sent to it
 GRACE = 10.0  # seconds
@@ -53,7 +53,7 @@ class Broadcast:
             try:
                 client.queue.send_nowait(line)
             except anyio.WouldBlock:
-                self._clients.remove(client)  # nothing is to follow the gap
+                self._clients.remove(client)  # nothing may follow the gap
                 client.too_slow.set()
 
     def close(self) -> None:
@@ -71,13 +71,13 @@ class Broadcast:
         try:
             while True:
                 line = await lines.receive_until(b"\n", MAX_LINE)
-                if len(line) >= MAX_LINE:  # all of it came at once
+                if len(line) >= MAX_LINE:  # it came in one piece
                     raise anyio.DelimiterNotFound(MAX_LINE)
                 self.publish(line + b"\n")
-                await checkpoint()  # everybody's turn to write
+                await checkpoint()  # let the others write
         except anyio.IncompleteRead:
             if lines.buffer:
-                raise  # half a line, which nobody gets
+                raise  # half a line is not published
         self._let_go(client)  # its FIN
 
     async def _write(

@@ -14,14 +14,14 @@ class Client:
 
     async def start(self, host: str, port: int) -> None:
         self._conn = await connect_tcp(host, port)
-        async with connection_scope(self._conn) as scope:  # a start that fails: RST
+        async with connection_scope(self._conn) as scope:  # if the start fails: RST
             greeting = await scope.receive()
             if not greeting.startswith(b"+OK"):
                 raise ConnectionRefusedError(greeting.decode("ascii", "replace"))
             scope.detach()
 
     async def stop(self) -> None:
-        await self._conn.aclose()  # FIN; if it is called because of a cancellation: RST
+        await self._conn.aclose()  # FIN, or RST in a cancelled scope
 
     def give_up(self) -> None:
         self._conn.abort()  # RST

@@ -1,10 +1,10 @@
-"""An echo server of several processes: SIGHUP replaces them, SIGTERM ends it all.
+"""An echo server of several processes: SIGHUP replaces them, SIGTERM ends them.
 
     python workers.py --port 8000 --workers 4
 
 Each worker is a new interpreter that inherits a listening socket. So SIGHUP starts new
-code, nothing has to survive a fork, and the socket outlives all workers: who connects
-while they change waits in its backlog.
+code, nothing has to survive a fork, and the socket outlives all workers: clients that
+connect while they change wait in its backlog.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from anyio_rst import Connection, serve_tcp
 FIRST, KEEP_ALIVE = 10.0, 30.0  # seconds, for the first line and for the next
 GRACE = 8.0  # seconds, for lines under way; Docker kills after 10
 START = 20.0  # seconds, for a worker to serve
-PAUSE = 1.0  # seconds, from the start of a worker that dies to that of the next one
+PAUSE = 1.0  # seconds, from the start of a worker that died to the next start
 
 STDIN = 0
 LOOPS: dict[str, dict[str, Any]] = {
@@ -38,9 +38,9 @@ LOOPS: dict[str, dict[str, Any]] = {
 
 
 async def answer(conn: Connection) -> None:
-    """To each line, the number of this process and the line."""
+    """Answer each line with the number of this process and the line."""
     line = b""
-    with anyio.move_on_after(FIRST):  # it is on its way already, so this is not idle
+    with anyio.move_on_after(FIRST):  # it is on its way, so this is not idle
         line = await anext(conn, b"")
     while line:
         while not line.endswith(b"\n"):
@@ -67,7 +67,7 @@ async def work(listener: socket.socket, parent: socket.socket) -> None:
 
 
 async def end_with(parent: socket.socket) -> None:
-    await anyio.wait_readable(parent)  # it says nothing, so it wants an end, or is gone
+    await anyio.wait_readable(parent)  # it sends nothing: it has closed, or is gone
     signal.raise_signal(signal.SIGTERM)
 
 
@@ -79,7 +79,7 @@ class DidNotStart(Exception):
 
 
 class Worker:
-    """A process that serves *listener*, and the next one if it dies."""
+    """A process that serves *listener*, and its successor if it dies."""
 
     def __init__(self, listener: socket.socket, loop: str) -> None:
         self._listener = listener
@@ -89,7 +89,7 @@ class Worker:
         self.gone = anyio.Event()
 
     async def keep(self, *, task_status: TaskStatus[None]) -> None:
-        """Raises DidNotStart if that is so of the first one."""
+        """Raises DidNotStart if the first process did not start."""
         try:
             while not self._retired:
                 next_start = anyio.current_time() + PAUSE
@@ -106,7 +106,7 @@ class Worker:
             self.gone.set()
 
     async def _run(self, task_status: TaskStatus[None]) -> None:
-        """From the start of a process to its end; if this is cancelled, kill it."""
+        """Run a process to its end; kill it if this is cancelled."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -137,7 +137,7 @@ class Worker:
                     report(f"worker {process.pid} died: {code}")
 
     def retire(self) -> None:
-        """Let it drain, and be the last one."""
+        """Let the process drain, without a successor."""
         self._retired = True
         if self._channel is not None:
             with suppress(OSError):  # it is gone
@@ -163,7 +163,7 @@ class Pool:
             raise
 
     async def restart(self) -> None:
-        """Replace each one by a new one; if that does not start, the old ones stay."""
+        """Replace each worker by a new one. If that does not start, the old ones stay."""
         async with self._restarting:
             for old, listener in list(self._workers.items()):
                 try:
@@ -208,8 +208,8 @@ async def supervise(listeners: list[socket.socket], loop: str) -> None:
 def listen(port: int, workers: int, reuse_port: bool) -> list[socket.socket]:
     """A socket for each worker: the same one, or one of its own with SO_REUSEPORT.
 
-    The parent holds those, too. Else the connections in the backlog of a worker's socket,
-    and those in the middle of their handshake, would be reset with its end.
+    The parent holds those, too. Otherwise the end of a worker would reset the connections
+    in the backlog of its socket, and those in the middle of their handshake.
     """
     create = partial(socket.create_server, backlog=4096, reuse_port=reuse_port)
     first = create(("", port))

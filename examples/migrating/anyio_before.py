@@ -10,7 +10,7 @@ async def greet(stream: SocketStream) -> None:
             name = await stream.receive()
             await stream.send(b"Hello, ")
             await stream.send(name.decode("ascii").upper().encode())
-    except Exception:  # or it would end the server
+    except Exception:  # it would end the server
         logging.exception("a handler failed")
 
 

@@ -8,7 +8,7 @@ async def greet(stream: trio.SocketStream) -> None:
         name = await stream.receive_some()
         await stream.send_all(b"Hello, ")
         await stream.send_all(name.decode("ascii").upper().encode())
-    except Exception:  # or it would end the server
+    except Exception:  # it would end the server
         logging.exception("a handler failed")
 
 

@@ -15,7 +15,7 @@ async def greet(stream: trio.SocketStream) -> None:
 async def serve_one(stream: trio.SocketStream) -> None:
     try:
         await greet(stream)
-    except Exception:  # or it would end the server
+    except Exception:  # it would end the server
         logging.exception("a handler failed")
 
 

@@ -1,4 +1,4 @@
-"""The same, with a report each second, and an end to it when there is nothing new."""
+"""The same, with a report each second, which fails when there is nothing new."""
 
 from contextlib import suppress
 from functools import partial

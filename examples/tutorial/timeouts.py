@@ -1,4 +1,4 @@
-"""The same, with three seconds for all of it."""
+"""The same, with a limit of three seconds."""
 
 from contextlib import suppress
 from functools import partial

@@ -1,4 +1,4 @@
-"""Add up numbers, one to a line. The client's FIN says that these were all."""
+"""Add up numbers, one per line. The client's FIN says that there are no more."""
 
 from contextlib import suppress
 from functools import partial
