@@ -831,6 +831,23 @@ def test_interruption_where_nobody_reads() -> None:
         os.close(receive)
 
 
+def test_interruption_between_two_lines_where_nobody_reads() -> None:
+    """The totals would wait for a pipe that is full already."""
+    receive, send = os.pipe()
+    with open(receive, "rb"), open(send, "wb"):
+        with program("--port", "1", stdout=send) as process:
+            assert os.read(receive, 1000).startswith(b"watching")
+            os.set_blocking(send, False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    os.write(send, b"x")
+            os.set_blocking(send, True)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(LONG) == 130
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+
+
 # On a terminal.
 
 

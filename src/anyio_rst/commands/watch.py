@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ._arguments import interface_name, port_number, seconds
 from ._interruption import Interrupted, interruption
-from ._output import NOT_READ, NOT_WRITTEN, USAGE, complain
+from ._output import NOT_READ, NOT_WRITTEN, USAGE, complain, discard, is_stuck
 from ._watch_capture import FRAMES, Capture, NotPermitted, Unavailable
 from ._watch_printer import Printer
 from ._watch_segments import Unreadable, parse
@@ -159,6 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
             watch.run(arguments.duration)
         except Interrupted as exc:
             status = exc.status
+            if is_stuck():
+                discard(sys.stdout)  # else the totals would wait for a reader
         printer.is_over = True
         watch.look(last=True)
         printer.end(table.open, time.monotonic() - began)
