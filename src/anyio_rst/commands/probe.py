@@ -7,7 +7,10 @@ RST, TLS with or without a close_notify, or none in time.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import sys
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -174,6 +177,8 @@ def open_source(name: str) -> FileIO:
     """
     try:
         if name == "-":
+            if sys.__stdin__ is None:  # and a library may have opened its descriptor
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             return FileIO(0, closefd=False)
         return FileIO(name)
     except OSError as exc:
