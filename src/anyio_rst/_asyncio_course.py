@@ -29,8 +29,9 @@ from ._ending import (
 from ._lifecycle import Lifecycle
 from ._limits import DEFAULT_DRAIN, Drain
 from ._native import NativeStream
+from ._origin import why_not_resettable
 from ._peer import PeerClose
-from ._waiting import wait_for_room
+from ._waiting import is_writable, wait_for_room
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -56,7 +57,7 @@ class Course:
         on_ending: Callable[[Ending], object] | None,
         closed_outside: Cause,
     ) -> None:
-        reason = _sockets.why_not_resettable()
+        reason = why_not_resettable()
         if reason is not None:
             raise RuntimeError(reason)
         if writer.is_closing():
@@ -201,7 +202,7 @@ class Course:
             had_room = True
             for _ in range(TURNS_TO_SEND if before else TURNS_TO_SEND_UNSEEN):
                 await asyncio.sleep(0)
-                had_room = had_room and _sockets.is_writable(sock)
+                had_room = had_room and is_writable(sock)
             if had_room and before == _tcp_info.given(sock):
                 return
 

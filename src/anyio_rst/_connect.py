@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from . import _sockets
 from ._connection import Connection
 from ._ending import check_finish_on
 from ._limits import CLIENTS_DRAIN, Drain, check_drain, check_keepalive
+from ._origin import why_not_resettable
 from ._scope import ConnectionScope, Entry
 from ._takeover import discard
 from ._tls import check_tls
@@ -135,7 +135,7 @@ class Connecting(ConnectionScope):
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Connection:
-        reason = _sockets.why_not_resettable()
+        reason = why_not_resettable()
         if reason is not None:
             raise RuntimeError(f"connect_tcp() could not reset its connection: {reason}")
         if self._connect is None:

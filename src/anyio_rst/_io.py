@@ -24,7 +24,7 @@ from ._forking import copy_of
 from ._origin import RECEIVE_SIZE
 from ._peer import PeerClose
 from ._record import Record
-from ._waiting import reader_for, tell_waiters, wait_for_room
+from ._waiting import is_writable, reader_for, tell_waiters, wait_for_room
 
 if TYPE_CHECKING:
     import socket
@@ -250,7 +250,7 @@ class SocketIO(Record, SocketStream):
         try:
             await checkpoint()
             self._refuse_to_send()
-            while not _sockets.is_writable(self._sock):
+            while not is_writable(self._sock):
                 await self._wait_for_room()
             self.mid_send = True  # what is made, and not sent, is missing in the session
             try:

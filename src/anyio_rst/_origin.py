@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
-from anyio import BrokenResourceError, CancelScope, EndOfStream
+from anyio import BrokenResourceError, CancelScope, EndOfStream, get_cancelled_exc_class
 
 from . import _forking, _sockets
 
@@ -34,6 +34,22 @@ _resting: WeakSet[object] = WeakSet()
 def is_resting(stream: object) -> bool:
     """Whether its socket has been taken over."""
     return stream in _resting
+
+
+def why_not_resettable() -> str | None:
+    """Why a stream of the running event loop could not be reset, or None.
+
+    Where a connection cannot be dissolved under an asyncio transport, the RST depends
+    on how the transport is closed.
+    """
+    proactor = getattr(asyncio, "ProactorEventLoop", None)  # on Windows, which cannot
+    if (
+        proactor is None
+        or get_cancelled_exc_class() is not asyncio.CancelledError
+        or not isinstance(asyncio.get_running_loop(), proactor)
+    ):
+        return None
+    return "asyncio's ProactorEventLoop sends a FIN before it closes a socket"
 
 
 class Unblocked:

@@ -5,18 +5,14 @@ With `_tcp_info`, this is the one place that knows on which platform it runs.
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import errno
 import math
 import os
-import select
 import socket
 import struct
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
-
-import anyio
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -252,15 +248,6 @@ def refuse_unless_tcp(owned: SocketLike, stream: object) -> None:
         raise TypeError(f"{name} is not a TCP connection: its socket is {kind}")
 
 
-def is_writable(sock: socket.socket) -> bool:
-    """Whether a send would take something, or fail, without waiting."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT)
-        return bool(poll.poll(0))
-    return bool(select.select([], [sock], [], 0)[1])  # Windows: any number of sockets
-
-
 def duplicate(sock: SocketLike) -> socket.socket:
     """A second descriptor for the connection of *sock*.
 
@@ -377,19 +364,3 @@ def keep_alive(sock: socket.socket, seconds: float) -> None:
             except OSError as exc:
                 if exc.errno not in _UNKNOWN_OPTION_ERRNOS or not is_multipath(sock):
                     raise
-
-
-def why_not_resettable() -> str | None:
-    """Why a stream of the running event loop could not be reset, or None.
-
-    Where a connection cannot be dissolved under an asyncio transport, the RST depends
-    on how the transport is closed.
-    """
-    proactor = getattr(asyncio, "ProactorEventLoop", None)  # on Windows, which cannot
-    if (
-        proactor is None
-        or anyio.get_cancelled_exc_class() is not asyncio.CancelledError
-        or not isinstance(asyncio.get_running_loop(), proactor)
-    ):
-        return None
-    return "asyncio's ProactorEventLoop sends a FIN before it closes a socket"

@@ -27,6 +27,7 @@ from ._origin import (
     is_resting,
     look_at_sending,
     read_ahead,
+    why_not_resettable,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Source:
         if owned is None or owned.fileno() == -1:
             _refuse_unless_lost(stream)
         _refuse_if_taken(stream)
-        reason = _sockets.why_not_resettable()
+        reason = why_not_resettable()
         if reason is not None:
             raise RuntimeError(f"connection_scope() cannot reset this stream: {reason}")
 

@@ -59,6 +59,15 @@ async def wait_for_room(sock: socket.socket) -> None:
     _discard_errors(sock.fileno())
 
 
+def is_writable(sock: socket.socket) -> bool:
+    """Whether a send would take something, or fail, without waiting."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        return bool(poll.poll(0))
+    return bool(select.select([], [sock], [], 0)[1])  # Windows: any number of sockets
+
+
 def _has_only_errors(sock: socket.socket) -> bool:
     """Whether it is nothing but the error queue that wakes who waits to send."""
     if not _sockets.ERRQUEUE or sock.fileno() == -1:  # closed since it woke
