@@ -74,7 +74,8 @@ def _refuse_unless_listening(sock: socket.socket, name: str) -> None:
         raise ValueError(f"{name} is closed")
     try:
         # Ask the kernel: what *sock* believes came with whoever made it of a descriptor.
-        actual = socket.socket(fileno=sock.fileno())
+        with _sockets.blocking_kept(sock.fileno()):
+            actual = socket.socket(fileno=sock.fileno())
     except OSError as exc:
         raise ValueError(f"{name} is not an open socket: {exc}") from exc
     try:

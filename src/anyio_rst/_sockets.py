@@ -12,10 +12,11 @@ import os
 import socket
 import struct
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 # The connection is gone because the peer reset it. Linux says ECONNRESET, once; after
 # that, and for a reset that follows the peer's FIN, it says EPIPE (tcp_reset() in
@@ -49,7 +50,8 @@ LOST_CLIENT_ERRNOS = frozenset(
 
 # Keep the last words for the segment of the FIN: send(2). A peer that has closed answers
 # a segment of their own with an RST, and that could come before the FIN is sent.
-MSG_MORE: int = getattr(socket, "MSG_MORE", 0)
+# PyPy has no name for what Linux has (linux/socket.h).
+MSG_MORE: int = getattr(socket, "MSG_MORE", 0x8000 if sys.platform == "linux" else 0)
 
 # One call that does not block, whatever has become of the socket's O_NONBLOCK: recv(2).
 # A child process that shares the socket may clear that. Not on Windows.
@@ -254,7 +256,24 @@ def duplicate(sock: SocketLike) -> socket.socket:
     Raises:
       OSError: EBADF, *sock* is closed; EMFILE or ENFILE, there are no descriptors left.
     """
-    return socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
+    with blocking_kept(sock.fileno()):
+        return socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
+
+
+@contextmanager
+def blocking_kept(descriptor: int) -> Iterator[None]:
+    """Let no socket object that is made of *descriptor* change its O_NONBLOCK.
+
+    PyPy clears it, and a default time-out sets it: for all copies of it, fcntl(2).
+
+    Raises:
+      OSError: it is closed.
+    """
+    is_posix = os.name == "posix"
+    blocks = is_posix and os.get_blocking(descriptor)
+    yield
+    if is_posix:
+        os.set_blocking(descriptor, blocks)
 
 
 def send_fin(sock: socket.socket) -> OSError | None:

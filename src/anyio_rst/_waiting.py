@@ -79,7 +79,8 @@ def _has_only_errors(sock: socket.socket) -> bool:
 
 def _discard_errors(descriptor: int) -> None:
     if _sockets.ERRQUEUE:
-        sock = socket.socket(fileno=descriptor)
+        with _sockets.blocking_kept(descriptor):
+            sock = socket.socket(fileno=descriptor)
         with suppress(OSError):
             while True:
                 sock.recvmsg(1, 0, _sockets.ERRQUEUE | _sockets.DONTWAIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import os
 import socket
 import socketserver
 import subprocess
@@ -110,7 +111,9 @@ async def test_finish_sends_a_fin_and_receiving_goes_on(holder: str) -> None:
     async with held(holder) as (given, copy, peer):
         lowlevel.arm(given)
         copy.send(ANSWER)
+        blocks = os.get_blocking(copy.fileno())
         lowlevel.finish(given)
+        assert os.get_blocking(copy.fileno()) is blocks
         assert linger(copy) == bytes(8)
         assert await peer.read_to_end() == Seen(ANSWER, PeerClose.FIN)
 

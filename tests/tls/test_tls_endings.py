@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import socket
 import ssl
 
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
 
-from anyio_rst import Cause, CloseKind, Connection, Drain, PeerClose, PeerReset
+from anyio_rst import Cause, CloseKind, Connection, Drain, PeerClose, PeerReset, _sockets
 
 from securing import CLEAN, TLSPeer, each, each_version, each_way, talk
 from serving import (
@@ -151,7 +150,7 @@ async def test_fin_behind_a_close_notify_is_seen_where_the_body_fails(
         with pytest.raises(ssl.SSLWantReadError):
             peer.tls.unwrap()
         # One segment has both, as ours has.
-        peer.raw.sock.send(peer.outgoing.read(), socket.MSG_MORE)
+        peer.raw.sock.send(peer.outgoing.read(), _sockets.MSG_MORE)
         peer.raw.send_eof()
 
     talked = await talk(way, side, body, script, expecting=anyio.EndOfStream)
