@@ -6,6 +6,7 @@ The path says which: an answer with a length or without, and what happens half w
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import socket
@@ -15,7 +16,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
-import uvloop
 from aiohttp import web
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -119,7 +119,7 @@ def serve_aiohttp(kind: str, listener: str, loop: str, grace: str, tls: str) -> 
     web.run_app(
         app,
         sock=socket.socket(fileno=int(listener)),
-        loop=(uvloop if loop == "uvloop" else asyncio).new_event_loop(),
+        loop=importlib.import_module(loop).new_event_loop(),
         ssl_context=context,
         shutdown_timeout=float(grace),
     )

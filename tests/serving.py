@@ -51,6 +51,8 @@ LEAST_MPTCP_BUFFER = 2**17
 
 SIOCOUTQNSD = 0x894B  # not sent yet: linux/sockios.h
 
+POLLRDHUP: int = getattr(select, "POLLRDHUP", 0x2000)  # poll(2); PyPy has no name for it
+
 Handler = Callable[[Connection], Awaitable[object]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 import ssl
 import subprocess
@@ -20,6 +19,7 @@ import h2.events
 import httpcore
 import httpx
 import pytest
+from conftest import collect
 
 from anyio_rst import Cause, CloseKind, Connection, PeerClose
 from anyio_rst.httpx import _HTTPX_ERRORS, AsyncHTTPTransport
@@ -413,7 +413,7 @@ async def test_what_is_forgotten_is_reset() -> None:
 
     async with site(say(HALF)) as server:
         await forget()
-        gc.collect()
+        collect()
         assert await server.end() == RST
 
 

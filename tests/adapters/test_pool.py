@@ -18,6 +18,7 @@ import anyio.to_thread
 import outcome
 import pytest
 from anyio.lowlevel import checkpoint
+from conftest import collect
 
 from anyio_rst import (
     Cause,
@@ -441,7 +442,7 @@ async def test_request_in_a_group_of_its_connection_is_stopped_and_not_reset() -
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    gc.collect()
+    collect()
     gc.disable()
     yield
     gc.enable()
@@ -502,6 +503,6 @@ async def test_forgotten_connection_is_reset_and_never_finished(
                 if in_a_cycle or has_cycles():
                     quiet = await peer.read_to_end(timeout=0.2)
                     assert quiet == Seen(b"", PeerClose.NONE)
-                    gc.collect()
+                    collect()
                     await settled()
                 assert await peer.read_to_end() == Seen(b"", PeerClose.RST)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import socket
 import ssl
@@ -13,7 +12,7 @@ from contextlib import suppress
 import anyio
 import anyio.to_thread
 import pytest
-from conftest import ASYNCIO
+from conftest import ASYNCIO, collect
 
 from anyio_rst import (
     Cause,
@@ -44,7 +43,7 @@ async def test_connection_does_not_need_its_context_manager() -> None:
     with plain_server() as listener:
         conn = await connect_tcp(*listener.getsockname())
         with accepted(listener) as peer:
-            gc.collect()
+            collect()
             got = await while_waiting(conn.receive(), peer.sock.sendall, b"x")
             assert got == b"x"
             peer.send_eof()

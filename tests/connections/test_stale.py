@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import select
 import ssl
 import termios
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from anyio_rst.testing import open_peer
 from securing import CLEAN, TLSPeer, client_context, each, each_version, talk
 from serving import (
     LONG,
+    POLLRDHUP,
     Peer,
     accepted,
     arrived,
@@ -41,7 +41,7 @@ from serving import (
 
 pytestmark = pytest.mark.anyio
 
-FIN = select.POLLRDHUP
+FIN = POLLRDHUP
 RST = 0
 
 

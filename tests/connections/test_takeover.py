@@ -6,9 +6,7 @@ lost the connection.
 
 from __future__ import annotations
 
-import gc
 import os
-import select
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import trio
 from anyio.abc import SocketAttribute
 from anyio.lowlevel import checkpoint
-from conftest import ASYNCIO
+from conftest import ASYNCIO, collect
 
 from anyio_rst import (
     Cause,
@@ -33,6 +31,7 @@ from anyio_rst import (
 
 from serving import (
     LONG,
+    POLLRDHUP,
     Peer,
     Seen,
     block_until,
@@ -103,7 +102,7 @@ async def test_fin_behind_what_was_read_ahead_comes_after_it(
     with peer:
         peer.sock.sendall(b"all")
         peer.send_eof()
-        block_until(stream, select.POLLRDHUP)
+        block_until(stream, POLLRDHUP)
         await turns(count)
         async with connection_scope(stream) as conn:
             assert await conn.receive() == b"all"
@@ -468,7 +467,7 @@ async def test_forgotten_connection_resets_and_leaves_no_reader(owner: str) -> N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             with await forget(owner) as peer:
-                gc.collect()
+                collect()
                 assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
     stream, peer = await stream_and_peer(owner)
     with peer:

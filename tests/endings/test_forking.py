@@ -5,7 +5,6 @@ Judged by plain sockets, and by what the child finds among its descriptors.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from anyio.abc import SocketAttribute
-from conftest import KINDS
+from conftest import KINDS, collect
 
 from anyio_rst import (
     Cause,
@@ -91,7 +90,7 @@ async def test_child_that_ends_the_connection_ends_nothing(kind: str) -> None:
             before = descriptors_of(inode)
             taken = [open(os.devnull, "rb") for _ in range(20)]  # noqa: SIM115
             conn.abort()
-            gc.collect()
+            collect()
             for file in taken:
                 assert file.read() == b""  # nobody closed their numbers
             return before

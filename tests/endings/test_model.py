@@ -18,7 +18,6 @@ thousands, other ones each time.
 from __future__ import annotations
 
 import enum
-import gc
 import logging
 import math
 import os
@@ -42,7 +41,7 @@ import outcome
 import pytest
 import trio
 from anyio.lowlevel import checkpoint
-from conftest import open_descriptors
+from conftest import collect, open_descriptors
 from hypothesis import Phase, event, example, given, register_random, settings
 from hypothesis import strategies as st
 
@@ -967,7 +966,7 @@ def nothing_left_behind() -> Iterator[None]:
         patch.setattr(sys, "unraisablehook", lambda what: left.append(repr(what.object)))
         yield
         if open_descriptors() - before:
-            gc.collect()  # exceptions may keep frames, and with them sockets, alive
+            collect()  # exceptions may keep frames, and with them sockets, alive
     assert not left
     assert not open_descriptors() - before
 

@@ -15,6 +15,7 @@ from weakref import WeakSet
 import anyio
 import pytest
 from anyio.streams.buffered import BufferedByteStream
+from conftest import collect
 
 from anyio_rst import (
     Connection,
@@ -305,7 +306,7 @@ async def waits(conn: Connection) -> None:
 def no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # What pytest keeps of the log has tracebacks.
     monkeypatch.setattr(logging.getLogger("anyio_rst"), "disabled", True)
-    gc.collect()
+    collect()
     gc.disable()
     yield
     gc.enable()
