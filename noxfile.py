@@ -64,22 +64,21 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Compare the server with others: what they cost, and how they end."""
     session.install(".[trio,uvloop]", *group("bench"))
-    session.run("python", "bench/run.py", *session.posargs)
+    session.run("python", "-m", "evidence.bench", *session.posargs)
 
 
 @nox.session
 def soak(session: nox.Session) -> None:
     """Match what both sides of 600,000 connections saw; `-- --short`: five minutes."""
     session.install(".[trio,uvloop]", *group("soak"))
-    session.run("python", "-m", "soak", *session.posargs)
+    session.run("python", "-m", "evidence.soak", *session.posargs)
 
 
 @nox.session
 def interop(session: nox.Session) -> None:
     """Measure who notices a cut, and what becomes of a reset in nginx and HAProxy."""
     session.install(".", *group("interop"))
-    session.run("python", "-m", "interop.cuts", *session.posargs)
-    session.run("python", "-m", "interop.run", *session.posargs)
+    session.run("python", "-m", "evidence.interop", *session.posargs)
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """Two machines for a test, and the cable between them, which can be cut.
 
-Network namespaces, and the TUN devices of the soak's link; see `soak.link`.
+Network namespaces, and the TUN devices of the soak's link; see `evidence.soak.link`.
 """
 
 from __future__ import annotations
@@ -9,23 +9,19 @@ import fcntl
 import os
 import select
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
 
+from evidence.soak import link
+from evidence.soak.wire import PEER_ADDRESS as PEERS_ADDRESS
+from evidence.soak.wire import SERVER_ADDRESS as OUR_ADDRESS
+
 from serving import Peer
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from soak import link
-from soak.wire import PEER_ADDRESS as PEERS_ADDRESS
-from soak.wire import SERVER_ADDRESS as OUR_ADDRESS
 
 __all__ = [
     "OUR_ADDRESS",

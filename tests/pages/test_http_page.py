@@ -18,13 +18,12 @@ import requests
 import trustme
 from test_download import needs
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
+from evidence import ROOT
+from evidence.interop import clients
+from evidence.interop.results import Told
+from evidence.sockets import RESET_ON_CLOSE
 
-from interop import clients  # noqa: E402
-from interop.results import Told  # noqa: E402
-
-from serving import LONG  # noqa: E402
+from serving import LONG
 
 CLOSE_NOTIFY = "close_notify"
 HALF = b"half"
@@ -75,7 +74,7 @@ class Cutting:
             sock.recv(1000)
             sock.sendall(self.response)
             if self.end == "RST":
-                sock.setsockopt(*clients.RESET_ON_CLOSE)
+                sock.setsockopt(*RESET_ON_CLOSE)
                 return
             if self.end == CLOSE_NOTIFY:
                 assert isinstance(sock, ssl.SSLSocket)

@@ -6,7 +6,6 @@ import select
 import shutil
 import socket
 import subprocess
-import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,52 +15,27 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BENCH = Path(__file__).parents[2] / "bench"
-sys.path.append(str(BENCH))
+from evidence import bench
+from evidence.bench.servers import ANYIO_LOOPS, is_available
+from evidence.processes import Process, module
+from evidence.sockets import HOST, RESET_ON_CLOSE
 
-from contenders import RESET_ON_CLOSE  # noqa: E402
-from servers import ANYIO_LOOPS, is_available  # noqa: E402
-
+LOAD = Path(bench.__file__).with_name("load")
 MESSAGE = 64
 CLIENTS = 3
 LATER = 0.2  # seconds, in which a message that is on its way would have come
 PATIENCE = 20.0
 
 
-@contextmanager
-def program(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def order(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
 # The rules by hand: a comparison is worth something if both sides do what is compared.
 
 
 @contextmanager
-def client(
-    loop: str, workload: str
-) -> Iterator[tuple[socket.socket, subprocess.Popen[str]]]:
+def client(loop: str, workload: str) -> Iterator[tuple[socket.socket, Process]]:
     if not is_available("by_hand", loop):
         pytest.skip(f"{loop} is not here")
-    with program(
-        sys.executable, BENCH / "servers.py", "by_hand", loop, workload
-    ) as server:
-        address = "127.0.0.1", int(line(server))
+    with Process("by_hand", module("bench.servers", "by_hand", loop, workload)) as server:
+        address = HOST, int(server.line())
         with socket.create_connection(address, timeout=PATIENCE) as sock:
             sock.sendall(b"x" * MESSAGE)
             assert sock.recv(MESSAGE, socket.MSG_WAITALL) == b"x" * MESSAGE
@@ -76,7 +50,7 @@ class TestByHand:
 
     def test_cancellation_resets(self, loop: str) -> None:
         with client(loop, "echo") as (sock, server):
-            order(server)
+            server.tell()
             with pytest.raises(ConnectionResetError):
                 sock.recv(1)
 
@@ -105,7 +79,7 @@ def load_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the load is a program in C for Linux")
     result = tmp_path_factory.mktemp("load") / "load"
     warnings = ["-Wall", "-Wextra", "-Werror"]
-    sources = sorted((BENCH / "load").glob("*.c"))
+    sources = sorted(LOAD.glob("*.c"))
     subprocess.run([compiler, *warnings, "-o", result, *sources], check=True)
     return result
 
@@ -128,21 +102,20 @@ def is_silent(sock: socket.socket) -> bool:
 @contextmanager
 def connected(
     load_program: Path, mode: str, amount: int
-) -> Iterator[tuple[list[socket.socket], subprocess.Popen[str]]]:
+) -> Iterator[tuple[list[socket.socket], Process]]:
     """The server's ends of the load's connections, with a message under way on each."""
     with ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        port, clients = str(listener.getsockname()[1]), str(CLIENTS)
-        load = stack.enter_context(
-            program(load_program, mode, port, clients, str(amount))
-        )
+        listener = stack.enter_context(socket.create_server((HOST, 0)))
+        port = listener.getsockname()[1]
+        command = load_program, mode, port, CLIENTS, amount
+        load = stack.enter_context(Process("load", command))
         listener.settimeout(PATIENCE)
         socks = [stack.enter_context(listener.accept()[0]) for _ in range(CLIENTS)]
         for sock in socks:
             sock.settimeout(PATIENCE)
             sock.sendall(take(sock))  # the one that says that it is open
-        assert line(load) == "open"
-        order(load)
+        assert load.line() == "open"
+        load.tell()
         yield socks, load
 
 
@@ -170,15 +143,15 @@ def test_load_sees_the_endings_after_the_last_answer(
     with connected(load_program, mode, CLIENTS) as (socks, load):
         for sock in socks:
             sock.sendall(take(sock))
-        assert '"done": 3, "fin": 0, "rst": 0, "other": 0' in line(load)
+        assert '"done": 3, "fin": 0, "rst": 0, "other": 0' in load.line()
         assert is_silent(socks[0])  # not ended yet
-        order(load)
+        load.tell()
         for sock in socks:
             assert sock.recv(1) == b""
         socks[0].setsockopt(*RESET_ON_CLOSE)
         for sock in socks:
             sock.close()
-        assert '"fin": 2, "rst": 1, "other": 0, "wrong": 0' in line(load)
+        assert '"fin": 2, "rst": 1, "other": 0, "wrong": 0' in load.line()
 
 
 @pytest.mark.parametrize("mode", ["lockstep", "pingpong"])
@@ -190,9 +163,9 @@ def test_load_counts_an_end_before_the_answer_as_neither(
         socks[0].close()
         for sock in socks[1:]:
             sock.sendall(take(sock))
-        assert '"done": 2, "fin": 0, "rst": 0, "other": 1' in line(load)
-        order(load)
+        assert '"done": 2, "fin": 0, "rst": 0, "other": 1' in load.line()
+        load.tell()
         for sock in socks[1:]:
             assert sock.recv(1) == b""
             sock.close()
-        assert '"fin": 2, "rst": 0, "other": 1, "wrong": 0' in line(load)
+        assert '"fin": 2, "rst": 0, "other": 1, "wrong": 0' in load.line()

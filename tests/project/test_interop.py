@@ -1,9 +1,8 @@
-"""interop/: that its judge and the page say what is so."""
+"""Interoperability: that its judge and the page say what is so."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +11,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from interop import (  # noqa: E402
+from evidence.certificates import issue
+from evidence.interop import (
     clients,
     cut_clients,
     cut_servers,
     cuts,
+    cutting,
+    programs,
+    proxied,
     proxies,
     report,
-    run,
 )
-from interop.results import (  # noqa: E402
+from evidence.interop.results import (
     ANSWERS,
     CHUNKS,
     HALF_FIN,
@@ -36,8 +35,9 @@ from interop.results import (  # noqa: E402
     Told,
     load,
 )
+from evidence.sockets import HOST, RESET_ON_CLOSE
 
-from serving import LONG  # noqa: E402
+from serving import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,10 +48,6 @@ OURS = ["direct", "proxy.py"]
 @pytest.fixture(scope="module")
 def results() -> Results:
     return load(report.RESULTS)
-
-
-def test_page_shows_the_results(results: Results) -> None:
-    assert report.PAGE.read_text() == report.written(results)
 
 
 def test_results_are_those_of_a_full_run(results: Results) -> None:
@@ -69,7 +65,8 @@ def test_results_are_those_of_a_full_run(results: Results) -> None:
 
 def test_results_say_nothing_of_the_machine(results: Results) -> None:
     assert results.about["system"] == "Linux"
-    assert "/tmp" not in report.RESULTS.read_text()
+    for path in (report.RESULTS, report.CUTS):
+        assert "/tmp" not in path.read_text()
 
 
 # What the paragraphs of the page say, which nothing writes anew.
@@ -131,7 +128,7 @@ def test_what_the_origin_is_told(results: Results) -> None:
 @contextmanager
 def answering(response: bytes, *, reset: bool) -> Iterator[str]:
     """The URL of a plain socket that answers once, and ends the connection."""
-    with create_server(("127.0.0.1", 0)) as listener:
+    with create_server((HOST, 0)) as listener:
 
         def answer() -> None:
             sock, _ = listener.accept()
@@ -139,7 +136,7 @@ def answering(response: bytes, *, reset: bool) -> Iterator[str]:
                 sock.recv(1000)
                 sock.sendall(response)
                 if reset:
-                    sock.setsockopt(*clients.RESET_ON_CLOSE)
+                    sock.setsockopt(*RESET_ON_CLOSE)
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -175,7 +172,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(proxies, "STREAM_MODULE", Path("/nowhere"))
     with pytest.raises(SystemExit) as caught:
-        run.check_programs()
+        proxied.check_programs()
     packages = "nginx haproxy curl wget netcat-openbsd openssl libnginx-mod-stream"
     assert str(caught.value).endswith(f"on Debian: apt-get install {packages}")
 
@@ -185,12 +182,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def cut() -> cuts.Cuts:
-    return cuts.load()
-
-
-def test_page_shows_the_cuts(cut: cuts.Cuts) -> None:
-    assert report.PAGE.read_text() == cuts.written(cut)
-    assert "/tmp" not in cuts.RESULTS.read_text()
+    return cuts.load(report.CUTS)
 
 
 def test_cuts_are_those_of_a_full_run(cut: cuts.Cuts) -> None:
@@ -202,7 +194,7 @@ def test_cuts_are_those_of_a_full_run(cut: cuts.Cuts) -> None:
             for body in cuts.BODIES
             for end in ends
         ),
-        *itertools.product(cut_clients.OTHERS, [""], ends),
+        *itertools.product(cuts.OTHERS, [""], ends),
     ]
     assert [(cell.client, cell.body, cell.end) for cell in cut.cells] == expected
     assert not cut.left_out
@@ -211,7 +203,7 @@ def test_cuts_are_those_of_a_full_run(cut: cuts.Cuts) -> None:
 
 def test_what_was_not_cut_was_whole(cut: cuts.Cuts) -> None:
     for cell in cut.cells:
-        assert cuts.is_whole(cell) is (cell.end == "whole"), cell
+        assert cell.is_right is (cell.end == "whole"), cell
 
 
 def who(cut: cuts.Cuts, body: str, end: str) -> set[str]:
@@ -242,29 +234,30 @@ def test_what_the_page_says_of_cuts(cut: cuts.Cuts) -> None:
 @pytest.mark.parametrize("end", ["whole", "fin", "rst"])
 def test_cuts_are_measured(end: str, tmp_path: Path) -> None:
     """With clients that are always there."""
-    certificate = run.certify(tmp_path)
-    with cut_servers.http(certificate) as ports:
+    server, trust = issue(tmp_path, HOST)
+    with cut_servers.http(server) as ports:
         for body in cuts.BODIES:
-            how = "urllib.request", body, end, ports, certificate
-            told = cuts.ask_over_http(*how)
+            how = "urllib.request", body, ports, trust, end
+            told = cutting.ask_over_http(*how)
             if body == "length":
                 assert told.noticed is (end != "whole")
             if body == "close" and end == "fin":
                 assert told.size is not None
-                assert 0 < told.size < cut_servers.BODY
+                assert 0 < told.size < cuts.SIZE
     with cut_servers.ftp(tmp_path) as port:
-        assert cuts.ask_another("ftplib", end, port).noticed is (end == "rst")
+        assert cutting.ask_another("ftplib", port, end).noticed is (end == "rst")
 
 
 def test_who_is_not_there_is_left_out_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cut_servers, "find", lambda _: None)
-    monkeypatch.setattr(cut_clients, "is_missing", lambda _: True)
+    for module in (cut_clients, cut_servers):
+        monkeypatch.setattr(module, "find", lambda _: None)
+    monkeypatch.setattr(cut_clients, "find_spec", lambda _: None)
     assert cut_clients.why_not("curl") == "curl is not installed"
     assert cut_clients.why_not("redis-py") == "redis is not installed"
     assert cut_clients.why_not("ftplib") is None
     for server in (cut_servers.redis, cut_servers.postgresql):
-        with pytest.raises(cut_servers.Unavailable, match="no "):
+        with pytest.raises(programs.Unavailable, match="no "):
             with server(tmp_path):
                 pass

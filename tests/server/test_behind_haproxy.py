@@ -7,7 +7,6 @@ import shutil
 import socket
 import ssl
 import struct
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -28,16 +27,12 @@ from anyio_rst.testing import (
     TCPFlag,
     capture_segments,
 )
+from evidence.interop import proxies
+from evidence.interop.results import Route
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from interop import proxies  # noqa: E402
-from interop.results import Route  # noqa: E402
-
-import behind_haproxy  # noqa: E402
-from securing import CLEAN, TLSPeer, client_context, server_context  # noqa: E402
-from serving import LONG, Peer, Seen  # noqa: E402
+import behind_haproxy
+from securing import CLEAN, TLSPeer, client_context, server_context
+from serving import LONG, Peer, Seen
 
 pytestmark = pytest.mark.anyio
 

@@ -1,4 +1,0 @@
-"""Hundreds of thousands of connections, each judged by both of its sides.
-
-`python -m soak --help`; docs/soak.md says what it does.
-"""
