@@ -22,6 +22,7 @@ from evidence.sockets import HOST, RESET_ON_CLOSE
 
 LOAD = Path(bench.__file__).with_name("load")
 MESSAGE = 64
+DOWNLOAD = 4 * 2**20
 CLIENTS = 3
 LATER = 0.2  # seconds, in which a message that is on its way would have come
 PATIENCE = 20.0
@@ -67,6 +68,23 @@ class TestByHand:
             sock.sendall(b"x" * 100_000)  # an RST would answer this if it were closed
             sock.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_download_of_the_protocol_ends_without_a_complaint(
+    loop: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not is_available("asyncio_protocol", loop):
+        pytest.skip(f"{loop} is not here")
+    row = "asyncio_protocol", loop, "download"
+    with Process("protocol", module("bench.servers", *row)) as server:
+        address = HOST, int(server.line())
+        for _ in range(10):
+            with socket.create_connection(address, timeout=PATIENCE) as sock:
+                sock.sendall(b"%d" % DOWNLOAD)
+                size = sum(map(len, iter(lambda: sock.recv(65536), b"")))
+                assert size == DOWNLOAD
+    assert capfd.readouterr().err == ""
 
 
 # The load: its two patterns.

@@ -130,7 +130,9 @@ class Download(Echo):
             self.left -= len(chunk)
             self.transport.write(chunk)
         if not self.left:
-            self.transport.close()
+            # Within resume_writing(), asyncio's transport would end the connection
+            # twice: python/cpython#156512.
+            asyncio.get_running_loop().call_soon(self.transport.close)
 
 
 PROTOCOLS: dict[str, type[Echo]] = {
