@@ -22,14 +22,14 @@ BACKENDS: list[Any] = [
 
 ASYNCIO = BACKENDS[:2]
 
+# For what is refused, or is so, before a loop has any part in it.
+on_one_loop = pytest.mark.parametrize("anyio_backend", BACKENDS[:1], indirect=True)
+
 # Ways for a handler to come by its connection: see serving.serve().
 KINDS = ["native", "foreign", "buffered", "trio"]
 
 # Whose stream a socket is taken over from: see serving.stream_and_peer().
 OWNERS = ["anyio", "buffered", "trio"]
-
-# Ways for a connection to come by TLS: see test_tls.serve_tls().
-WRAPPINGS = ["served", "start_tls", "wrapped", "buffered", "trio"]
 
 BACKEND = ["anyio_backend"]
 
@@ -78,7 +78,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for mark in metafunc.definition.iter_markers("parametrize")
     ):
         return  # the test chooses
-    for name, kinds in (("kind", KINDS), ("owner", OWNERS), ("wrapping", WRAPPINGS)):
+    for name, kinds in (("kind", KINDS), ("owner", OWNERS)):
         if name in metafunc.fixturenames:
             pairs = [
                 pytest.param(backend.values[0], kind, id=f"{backend.id}-{kind}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +53,14 @@ def client_context(version: ssl.TLSVersion = LATEST) -> ssl.SSLContext:
     return context
 
 
+def client_hello() -> bytes:
+    out = ssl.MemoryBIO()
+    session = client_context().wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost")
+    with suppress(ssl.SSLWantReadError):
+        session.do_handshake()
+    return out.read()
+
+
 # How TLS can come about: by serve_tcp() and connect_tcp() themselves ("own"), by
 # start_tls(), and by the user: AnyIO's TLSStream, bare ("wrapped") or with a buffer
 # around it, or a trio.SSLStream. On either side.
@@ -78,6 +86,7 @@ def each(
 
 
 each_way = each()
+each_way_of_a_server = each(sides=["server"])
 each_version = pytest.mark.parametrize("version", VERSIONS, ids=str)
 
 
@@ -122,6 +131,12 @@ class TLSPeer:
     async def send(self, data: bytes) -> None:
         await anyio.to_thread.run_sync(self._run, self.tls.write, data)
 
+    def hello(self) -> bytes:
+        """The ClientHello of this session, for the test to send."""
+        with pytest.raises(ssl.SSLWantReadError):
+            self.tls.do_handshake()
+        return self.outgoing.read()
+
     def encrypted(self, data: bytes) -> bytes:
         """The records that *data* is sent in, for the test to send."""
         self.tls.write(data)
@@ -141,7 +156,7 @@ class TLSPeer:
         return await anyio.to_thread.run_sync(read)
 
     def say_close_notify(self) -> None:
-        with pytest.raises(ssl.SSLWantReadError):  # ours, which is not waited for
+        with suppress(ssl.SSLWantReadError):  # ours, which is not waited for
             self.tls.unwrap()
         self._flush()
 
@@ -173,6 +188,16 @@ class TLSPeer:
         except ConnectionResetError:
             return bytes(data), [*said, "RST"]
         return bytes(data), [*said, "FIN"]
+
+
+async def shake_hands(
+    raw: Peer, *, server_side: bool = False, version: ssl.TLSVersion = LATEST
+) -> TLSPeer:
+    """The session of a client, or of a server, over *raw*."""
+    context = (server_context if server_side else client_context)(version)
+    peer = TLSPeer(raw, context, server_side=server_side)
+    await peer.handshake()
+    return peer
 
 
 Body = Callable[[Connection], Awaitable[object]]
@@ -255,12 +280,9 @@ async def talk(
                 tg.start_soon(ours, listener.getsockname()[1])
                 raw = await anyio.to_thread.run_sync(Accepted, listener)
             with raw:
-                context = (client_context if side == "server" else server_context)(
-                    version
+                await script(
+                    await shake_hands(raw, server_side=side == "client", version=version)
                 )
-                peer = TLSPeer(raw, context, server_side=side == "client")
-                await peer.handshake()
-                await script(peer)
                 await over.wait()
             tg.cancel_scope.cancel()
     (it,) = talks

@@ -314,6 +314,14 @@ def capturing(port: int) -> Iterator[testing.Capture]:
         pytest.skip(str(exc))
 
 
+async def has_ended(conn: Connection) -> Ending:
+    """For a script of a test, which has no part in the connection."""
+    with anyio.fail_after(LONG):
+        while conn.ending is None:
+            await anyio.sleep(0.001)
+    return conn.ending
+
+
 async def settled() -> None:
     """Until every other task waits."""
     for _ in range(10):

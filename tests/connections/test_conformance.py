@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
-    AbstractAsyncContextManager,
     asynccontextmanager,
     contextmanager,
-    suppress,
 )
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -31,13 +28,13 @@ from anyio import (
 from anyio.abc import SocketAttribute
 from anyio.streams.file import FileStreamAttribute
 from test_connection import assert_lets_others_run
-from test_tls import CLEAN, SecurePeer, serve_tls
 
 from anyio_rst import CloseKind, Connection, Drain, PeerClose
 from anyio_rst._native import NativeStream
 from anyio_rst._sockets import prepare_accepted
 
-from serving import LONG, Handler, Peer, Seen, Service, fill_buffers, serve, settled
+from securing import CLEAN, TLSPeer, each_way_of_a_server, talk
+from serving import LONG, Peer, Seen, fill_buffers, serve, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -54,37 +51,19 @@ TOO_MUCH = bytes(range(256)) * 2**15
 
 
 class SecureClient:
-    """A :class:`SecurePeer` with the methods of a :class:`Peer`."""
+    """A :class:`TLSPeer` with the methods of a :class:`Peer`."""
 
-    def __init__(self, peer: SecurePeer) -> None:
+    def __init__(self, peer: TLSPeer) -> None:
         self._peer = peer
         self.send = peer.send
-
-    async def receive(self, size: int) -> bytes:
-        def read() -> bytes:
-            data = bytearray()
-            while len(data) < size:
-                chunk = self._peer.tls.recv(size - len(data))
-                assert chunk, f"close_notify after {data!r}"
-                data += chunk
-            return bytes(data)
-
-        return await anyio.to_thread.run_sync(read)
+        self.receive = peer.receive
+        self.send_eof = peer.say_close_notify
+        self.reset = peer.raw.reset
 
     async def read_to_end(self) -> Seen:
-        data, end = await self._peer.read_to_end()
+        data, end = await self._peer.end()
         assert end in (CLEAN, ["RST"])
         return Seen(data, PeerClose.FIN if end == CLEAN else PeerClose.RST)
-
-    def send_eof(self) -> None:
-        """A close_notify, without waiting for the other one."""
-        self._peer.tls.setblocking(False)
-        with suppress(ssl.SSLWantReadError):
-            self._peer.tls.unwrap()
-        self._peer.tls.settimeout(LONG)
-
-    def reset(self) -> None:
-        self._peer.without_tls().reset()
 
 
 Client: TypeAlias = Peer | SecureClient
@@ -431,37 +410,43 @@ PROMISES_OF_TLS: dict[str, Check] = {
 }
 
 
+class Held:
+    """A body that does nothing, so that a check has its connection."""
+
+    def __init__(self) -> None:
+        self._connections: list[Connection] = []
+        self._begun, self.over = anyio.Event(), anyio.Event()
+
+    async def body(self, conn: Connection) -> None:
+        self._connections.append(conn)
+        self._begun.set()
+        await self.over.wait()
+
+    async def check(self, promise: Check, peer: Client) -> None:
+        with anyio.fail_after(LONG):
+            await self._begun.wait()
+            (conn,) = self._connections
+            await promise(conn, peer)
+        self.over.set()
+
+
 @pytest.mark.parametrize("promise", PROMISES_OF_TCP)
 async def test_tcp(kind: str, promise: str) -> None:
-    async with connected(partial(serve, kind, drain=NO_WAIT)) as (conn, service):
+    held = Held()
+    async with serve(kind, held.body, drain=NO_WAIT) as service:
         with service.connect() as peer:
-            await PROMISES_OF_TCP[promise](await conn(), peer)
+            await held.check(PROMISES_OF_TCP[promise], peer)
+        await service.ending()
 
 
+@each_way_of_a_server
 @pytest.mark.parametrize("promise", PROMISES_OF_TLS)
-async def test_tls(wrapping: str, promise: str) -> None:
-    async with connected(partial(serve_tls, wrapping, drain=NO_WAIT)) as (conn, service):
-        async with SecurePeer(service.port, ssl.TLSVersion.TLSv1_3) as peer:
-            await PROMISES_OF_TLS[promise](await conn(), SecureClient(peer))
+async def test_tls(way: str, side: str, promise: str) -> None:
+    async def script(peer: TLSPeer) -> None:
+        await held.check(PROMISES_OF_TLS[promise], SecureClient(peer))
 
-
-@asynccontextmanager
-async def connected(
-    serving: Callable[[Handler], AbstractAsyncContextManager[Service]],
-) -> AsyncIterator[tuple[Callable[[], Awaitable[Connection]], Service]]:
-    """A server, and its first connection as soon as there is one."""
-    send, receive = anyio.create_memory_object_stream[Connection](1)
-    over = anyio.Event()
-
-    async def handler(conn: Connection) -> None:
-        send.send_nowait(conn)
-        await over.wait()
-
-    with send, receive, anyio.fail_after(LONG):
-        async with serving(handler) as service:
-            yield receive.receive, service
-            over.set()
-            await service.ending()
+    held = Held()
+    await talk(way, side, held.body, script, drain=NO_WAIT)
 
 
 # Trio's kit.

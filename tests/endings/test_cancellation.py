@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import ssl
 import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -20,7 +19,6 @@ from typing import Any
 import anyio
 import anyio.abc
 import pytest
-from test_tls import CLEAN, SERVER_CONTEXT, SecurePeer
 
 from anyio_rst import (
     Cause,
@@ -33,14 +31,8 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from serving import (
-    LONG,
-    Peer,
-    foreign_pair,
-    said,
-    serve,
-    settled,
-)
+from securing import CLEAN, TLSPeer, server_context, shake_hands
+from serving import LONG, Peer, foreign_pair, said, serve, settled
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -113,66 +105,54 @@ class Watched:
 
 
 class Witness:
-    """A plain blocking peer, or a TLS client, and what it saw."""
+    """A plain blocking peer, with TLS over it or without, and what it saw."""
 
-    def __init__(self, peer: Peer, secure: SecurePeer | None) -> None:
-        self._peer = peer
-        self._secure = secure
-        self._below = peer.sock.dup()  # stays, whatever TLS does to its socket
+    def __init__(self, plain: Peer) -> None:
+        self._plain = plain
+        self._peer: Peer | TLSPeer = plain
         self.data = b""
         self.fin = False
         self.reset = False
 
-    async def __aenter__(self) -> Witness:
-        if self._secure is not None:
-            await settled()
-            try:
-                if self.look():
-                    # ssl.SSLSocket is not made for a connection that is over.
-                    raise ConnectionResetError
-                await self._secure.__aenter__()
-            except OSError as exc:
-                self._secure = None
-                fin = getattr(exc, "reason", None) == "UNEXPECTED_EOF_WHILE_READING"
-                self.reset = not fin
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        if self._secure is not None:
-            await self._secure.__aexit__()
-        self._peer.sock.close()
-        self._below.close()
+    async def shake_hands(self) -> None:
+        await settled()
+        if self.look():
+            return
+        try:
+            self._peer = await shake_hands(self._plain)
+        except ConnectionError:  # a FIN instead would be none
+            self.reset = True
 
     def look(self) -> bool:
         """Whether an RST has arrived. No other call tells of one behind a FIN."""
-        if self._below.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if self._plain.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.reset = True
         return self.reset
 
     async def say(self, data: bytes) -> None:
         await settled()
         if not self.look():
-            await (self._secure or self._peer).send(data)
+            await self._peer.send(data)
 
     async def listen(self) -> None:
         """Read to the end."""
         if self.reset:
             return
         await settled()
-        if self._secure is None:
-            seen = await self._peer.read_to_end()
-            self.data, self.fin = seen.data, seen.close is PeerClose.FIN
-            self.reset = seen.close is PeerClose.RST
-        else:
-            self.data, end = await self._secure.read_to_end()
+        if isinstance(self._peer, TLSPeer):
+            self.data, end = await self._peer.end()
             assert end in (CLEAN, ["RST"])
             self.fin = end == CLEAN
             self.reset = not self.fin
+        else:
+            seen = await self._peer.read_to_end()
+            self.data, self.fin = seen.data, seen.close is PeerClose.FIN
+            self.reset = seen.close is PeerClose.RST
 
     async def finish(self) -> None:
         await settled()
         if not self.look():
-            self._below.shutdown(socket.SHUT_WR)
+            self._plain.send_eof()
 
 
 @dataclass
@@ -229,7 +209,6 @@ async def converse(
         over.set()
 
     async with anyio.create_task_group() as tg:
-        secure = None
         if way == "foreign":
             stream, peer = await foreign_pair()
             tg.start_soon(run, in_scope, stream)
@@ -241,21 +220,19 @@ async def converse(
                     handler,
                     host="127.0.0.1",
                     drain=Drain(LONG),
-                    ssl_context=SERVER_CONTEXT if way == "tls" else None,
+                    ssl_context=server_context() if way == "tls" else None,
                     task_group=watched,
                     on_ending=connections.append,
                 )
             )
+            peer = Peer(server.port)
+        with peer, anyio.fail_after(LONG):
+            witness = Witness(peer)
             if way == "tls":
-                secure = SecurePeer(server.port, ssl.TLSVersion.TLSv1_3)
-                peer = secure.peer
-            else:
-                peer = Peer(server.port)
-        with anyio.fail_after(LONG):
-            async with Witness(peer, secure) as witness:
-                await script(witness)
-                await over.wait()
-                witness.look()
+                await witness.shake_hands()
+            await script(witness)
+            await over.wait()
+            witness.look()
         tg.cancel_scope.cancel()
 
     assert running_tasks() == tasks_before

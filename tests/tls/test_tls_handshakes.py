@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -13,7 +15,7 @@ import anyio.to_thread
 import pytest
 import trio
 import trustme
-from conftest import BACKENDS
+from conftest import BACKENDS, on_one_loop
 
 from anyio_rst import (
     Cause,
@@ -23,9 +25,17 @@ from anyio_rst import (
     PeerReset,
     connect_tcp,
     connection_scope,
+    serve_tcp,
 )
 
-from securing import CLEAN, Accepted, TLSPeer, client_context, server_context
+from securing import (
+    CLEAN,
+    Accepted,
+    client_context,
+    client_hello,
+    server_context,
+    shake_hands,
+)
 from serving import (
     LONG,
     Peer,
@@ -36,6 +46,7 @@ from serving import (
     serve,
     settled,
     timeout_once_settled,
+    value_of,
 )
 
 pytestmark = pytest.mark.anyio
@@ -123,9 +134,10 @@ async def test_server_is_told_why_its_certificate_was_refused(starter: str) -> N
 
 @each_starter
 async def test_client_without_the_certificate_that_is_demanded_is_told_so(
-    starter: str,
+    starter: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has done its handshake by then: RFC 8446, 4.4.2.4."""
+    caplog.set_level(logging.DEBUG, "anyio_rst")
     context = server_context()
     context.verify_mode = ssl.CERT_REQUIRED
 
@@ -146,6 +158,10 @@ async def test_client_without_the_certificate_that_is_demanded_is_told_so(
             with service.connect() as peer:
                 reason = await anyio.to_thread.run_sync(read, peer)
                 assert reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+    if starter == "own":
+        record = said(caplog)[0]
+        assert (record.levelno, record.exc_info) == (logging.INFO, None)
+        assert "TLS handshake failed" in record.message
 
 
 @each_starter
@@ -330,12 +346,10 @@ async def test_handshake_is_shared_by_who_sends_and_who_receives(
                 tg.start_soon(conn.send, b"question")
                 assert await conn.receive() == b"answer"
 
-    context = client_context() if server_side else server_context()
     with raw, anyio.fail_after(LONG):
         async with anyio.create_task_group() as tg:
             tg.start_soon(ours)
-            peer = TLSPeer(raw, context, server_side=not server_side)
-            await peer.handshake()
+            peer = await shake_hands(raw, server_side=not server_side)
             assert await peer.receive(8) == b"question"
             await peer.send(b"answer")
             assert await peer.end() == (b"", CLEAN)
@@ -353,3 +367,122 @@ async def test_body_that_returns_in_the_middle_of_a_handshake_resets(kind: str) 
                 tg.start_soon(start, conn)
                 await settled()
             await assert_reset(conn, peer, Cause.TORN_SEND, b"")
+
+
+# One of many connections of a server.
+
+
+async def reset_in_the_middle(peer: Peer) -> None:
+    await peer.send(client_hello()[:20])
+    peer.reset()
+
+
+async def with_an_old_version(peer: Peer) -> None:
+    with pytest.raises((ssl.SSLError, ConnectionResetError)):
+        await shake_hands(peer, version=TLS12)
+
+
+async def say_nothing(peer: Peer) -> None:
+    assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+
+
+async def send_garbage(peer: Peer) -> None:
+    await peer.send(b"GET / HTTP/1.0\r\n\r\n")
+    assert (await peer.read_to_end()).close is PeerClose.RST
+
+
+@pytest.mark.parametrize(
+    "fail", [reset_in_the_middle, with_an_old_version, say_nothing, send_garbage]
+)
+async def test_handshake_that_fails_costs_one_connection_and_one_line(
+    fail: Callable[[Peer], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(conn: Connection) -> None:
+        async for chunk in conn:
+            await conn.send(chunk)
+
+    caplog.set_level(logging.DEBUG, "anyio_rst")
+    endings: list[Any] = []
+    ended = anyio.Event()
+
+    def on_ending(conn: Connection) -> None:
+        if conn.ending is not None and conn.ending.kind is CloseKind.RST:
+            endings.append(conn.ending)
+            ended.set()
+
+    async with anyio.create_task_group() as tg:
+        server = await tg.start(
+            partial(
+                serve_tcp,
+                handler,
+                host="127.0.0.1",
+                ssl_context=server_context(),
+                handshake_timeout=0.2 if fail is say_nothing else LONG,
+                on_ending=on_ending,
+            )
+        )
+        with Peer(server.port) as raw:
+            other = await shake_hands(raw)
+            await other.send(b"before")
+            assert await other.receive(6) == b"before"
+            with Peer(server.port) as peer:
+                await fail(peer)
+                await ended.wait()
+            await other.send(b"after")
+            assert await other.receive(5) == b"after"
+            other.say_close_notify()
+            assert await other.end() == (b"", CLEAN)
+        server.stop()
+    assert len(endings) == 1
+    (record,) = said(caplog)
+    assert (record.levelno, record.exc_info) == (logging.INFO, None)
+    assert "TLS handshake" in record.message
+
+
+# What is refused.
+
+
+@on_one_loop
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ssl_context": "context"}, TypeError, "ssl_context must be an ssl.SSLContext"),
+        ({"ssl_context": client_context()}, ValueError, "is for the client's side"),
+        ({"handshake_timeout": 0}, ValueError, "handshake_timeout must be > 0"),
+        ({"handshake_timeout": -1}, ValueError, "handshake_timeout must be finite"),
+        ({"handshake_timeout": float("nan")}, ValueError, "must be finite"),
+        ({"handshake_timeout": "30"}, TypeError, "must be a number of seconds"),
+    ],
+)
+async def test_bad_tls_options_of_a_server_are_refused(
+    options: Any, error: type[Exception], message: str
+) -> None:
+    async def handler(conn: Connection) -> None: ...
+
+    with pytest.raises(error, match=message):
+        await serve_tcp(handler, **options)
+
+
+async def test_connect_tcp_refuses_an_unknown_certificate_with_a_reset() -> None:
+    async def handler(conn: Connection) -> None:
+        with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)):
+            await conn.start_tls(server_context())
+            await conn.receive()
+
+    async with serve("native", handler) as service:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            async with connect_tcp("127.0.0.1", service.port, tls=True):
+                pytest.fail("the certificate is nobody's")
+        value_of(await service.ending())
+
+
+@on_one_loop
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"ssl_context": 3}, TypeError), ({"ssl_context": server_context()}, ValueError)],
+)
+async def test_connect_tcp_refuses_a_bad_context(
+    options: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="ssl_context"):
+        connect_tcp("127.0.0.1", 9, **options)
