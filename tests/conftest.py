@@ -70,6 +70,12 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()  # Hypothesis, which is imported at the end at the latest, looks at all
 
 
+def pytest_collection_finish() -> None:
+    """So that a test which collects garbage does not look through ten thousand tests."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "anyio_backend" not in metafunc.fixturenames:
         return
