@@ -25,7 +25,7 @@ from conftest import BACKENDS
 
 from anyio_rst import Connection, Ending, connect_tcp, connection_scope, serve_tcp
 
-from serving import LONG, Peer
+from serving import LONG, Peer, accepted
 
 AUTHORITY = trustme.CA()
 CERTIFICATE = AUTHORITY.issue_cert("localhost")
@@ -278,7 +278,7 @@ async def talk(
                 if buffer:
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
                 tg.start_soon(ours, listener.getsockname()[1])
-                raw = await anyio.to_thread.run_sync(Accepted, listener)
+                raw = await anyio.to_thread.run_sync(accepted, listener)
             with raw:
                 await script(
                     await shake_hands(raw, server_side=side == "client", version=version)
@@ -289,14 +289,6 @@ async def talk(
     if it.raised is not None and not isinstance(it.raised, expecting):
         raise it.raised
     return it
-
-
-class Accepted(Peer):
-    """The peer of one who connected to *listener*."""
-
-    def __init__(self, listener: socket.socket) -> None:
-        self.sock, _ = listener.accept()
-        self.sock.settimeout(LONG)
 
 
 @asynccontextmanager

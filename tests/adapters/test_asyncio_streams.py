@@ -25,12 +25,21 @@ from securing import (
     CLEAN,
     LATEST,
     VERSIONS,
-    Accepted,
     TLSPeer,
     client_context,
     server_context,
+    shake_hands,
 )
-from serving import LONG, TELLS_OF_QUEUES, Peer, Seen, arrived, fill_buffers, told
+from serving import (
+    LONG,
+    TELLS_OF_QUEUES,
+    Peer,
+    Seen,
+    accepted,
+    arrived,
+    fill_buffers,
+    told,
+)
 
 pytestmark = [
     pytest.mark.anyio,
@@ -69,8 +78,7 @@ class Service:
             if not self.secure:
                 yield peer
                 return
-            tls = TLSPeer(peer, client_context(version), server_side=False)
-            await tls.handshake()
+            tls = await shake_hands(peer, version=version)
             yield tls
 
 
@@ -604,8 +612,7 @@ async def test_start_tls(fails: bool) -> None:
             raise Failure
 
     async with serving(upgrade) as service, service.peer() as raw:
-        peer = TLSPeer(raw, client_context(), server_side=False)
-        await peer.handshake()
+        peer = await shake_hands(raw)
         await peer.send(b"?")
         assert await peer.receive(len(WHOLE)) == WHOLE
         await peer.send(b"!")
@@ -628,11 +635,10 @@ async def connected(secure: bool) -> AsyncIterator[tuple[Any, Any, Any]]:
         opening = asyncio.create_task(
             asyncio.open_connection("127.0.0.1", listener.getsockname()[1], **tls)
         )
-        with await anyio.to_thread.run_sync(Accepted, listener) as raw:
+        with await anyio.to_thread.run_sync(accepted, listener) as raw:
             peer: Any = raw
             if secure:
-                peer = TLSPeer(raw, server_context(), server_side=True)
-                await peer.handshake()
+                peer = await shake_hands(raw, server_side=True)
             reader, writer = await opening
             yield reader, writer, peer
     await asyncio.sleep(0.01)

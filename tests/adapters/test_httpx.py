@@ -25,7 +25,7 @@ from anyio_rst import Cause, CloseKind, Connection, PeerClose
 from anyio_rst.httpx import _HTTPX_ERRORS, AsyncHTTPTransport
 from anyio_rst.testing import TCPFlag
 
-from securing import CLEAN, TLSPeer, client_context, server_context
+from securing import CLEAN, TLSPeer, client_context, server_context, shake_hands
 from serving import LONG, Peer, Seen, capturing
 
 pytestmark = [
@@ -624,8 +624,7 @@ async def test_tunnel_through_a_proxy(answer: bytes, secure_proxy: bool) -> None
         asked.append(await head(peer))
         await peer.send(b"HTTP/1.1 200 Connected\r\n\r\n")
         inside: Any = Inside(peer) if isinstance(peer, TLSPeer) else peer
-        origin = TLSPeer(inside, server_context(), server_side=True)
-        await origin.handshake()
+        origin = await shake_hands(inside, server_side=True)
         await head(origin)
         await origin.send(answer)
         if not secure_proxy:

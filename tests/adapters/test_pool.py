@@ -34,7 +34,7 @@ from anyio_rst import (
 import line_protocol
 import pool
 from pool import Pool
-from securing import TLSPeer, client_context, server_context
+from securing import client_context, shake_hands
 from serving import (
     LONG,
     Peer,
@@ -490,8 +490,7 @@ async def test_forgotten_connection_is_reset_and_never_finished(
             if how in ("awaited", "TLS"):
                 both: Any = peer
                 if how == "TLS":
-                    both = TLSPeer(peer, server_context(), server_side=True)
-                    await both.handshake()
+                    both = await shake_hands(peer, server_side=True)
                 assert await both.receive(1) == b"?"
                 await both.send(b"!")
             with peer:

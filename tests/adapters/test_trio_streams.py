@@ -33,7 +33,7 @@ from anyio_rst import (
 from anyio_rst.testing import Peer as KitPeer
 from anyio_rst.trio_streams import TrioStream, TrioTLSStream, as_trio_stream
 
-from securing import CLEAN, PROTOCOL, TLSPeer, client_context, server_context
+from securing import CLEAN, PROTOCOL, TLSPeer, client_context, server_context, shake_hands
 from serving import (
     LONG,
     Peer,
@@ -159,8 +159,7 @@ class Service:
             if not self.secure:
                 yield peer
                 return
-            secure = TLSPeer(peer, client_context(), server_side=False)
-            await secure.handshake()
+            secure = await shake_hands(peer)
             yield secure
 
     async def ending(self) -> Ending:
@@ -578,8 +577,7 @@ async def test_session_of_anyios_can_be_asked_too() -> None:
     with peer, trio.fail_after(LONG):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve_one)
-            secure = TLSPeer(peer, client_context(), server_side=False)
-            await secure.handshake()
+            secure = await shake_hands(peer)
             assert await secure.end() == (b"", CLEAN)
             peer.sock.close()
     assert asked == [("TLSv1.3", True)]
@@ -665,8 +663,7 @@ async def test_half_close_is_not_there_over_tls() -> None:
             nursery.start_soon(ours)
             raw = await trio.to_thread.run_sync(accepted, listener)
             with raw:
-                peer = TLSPeer(raw, server_context(), server_side=True)
-                await peer.handshake()
+                peer = await shake_hands(raw, server_side=True)
                 assert await peer.end() == (b"question", CLEAN)
 
 

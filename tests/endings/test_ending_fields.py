@@ -30,10 +30,10 @@ from securing import (
     CLEAN,
     VERSIONS,
     TLSPeer,
-    client_context,
     each_version,
     each_way,
     server_context,
+    shake_hands,
     talk,
 )
 from serving import (
@@ -168,8 +168,7 @@ async def test_start_tls_in_the_middle_adds_both(anyio_backend: Any, kind: str) 
         with service.connect() as raw:
             await raw.send(b"STARTTLS")
             assert await raw.receive(2) == b"OK"
-            peer = TLSPeer(raw, client_context(), server_side=False)
-            await peer.handshake()
+            peer = await shake_hands(raw)
             cipher, version = peer.tls.cipher(), peer.tls.version()
             await peer.send(b"secret")
             assert await peer.end() == (b"hello", CLEAN)

@@ -22,14 +22,8 @@ from conftest import ASYNCIO
 
 from anyio_rst import Cause, CloseKind, Connection, PeerClose, Server, serve_tcp
 
-from securing import TLSPeer, client_context, server_context
-from serving import (
-    LONG,
-    Peer,
-    Seen,
-    said,
-    settled,
-)
+from securing import server_context, shake_hands
+from serving import LONG, Peer, Seen, said, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -271,8 +265,7 @@ async def test_cancelled_in_its_handshake(whose: str) -> None:
         assert conn.ending is not None
         assert conn.ending.cause is Cause.CANCELLED
         with Peer(server.port) as peer:
-            secure = TLSPeer(peer, client_context(), server_side=False)
-            await secure.handshake()
+            secure = await shake_hands(peer)
             await secure.send(b"hello")
             assert await secure.receive(5) == b"hello"
 

@@ -17,15 +17,9 @@ import pytest
 from anyio.streams.buffered import BufferedByteStream
 from conftest import collect
 
-from anyio_rst import (
-    Connection,
-    Ending,
-    Server,
-    connection_scope,
-    serve_tcp,
-)
+from anyio_rst import Connection, Ending, Server, connection_scope, serve_tcp
 
-from securing import TLSPeer, client_context, server_context
+from securing import TLSPeer, server_context, shake_hands
 from serving import LONG, Handler, Peer, arrived, error_of
 
 if sys.version_info < (3, 11):
@@ -54,9 +48,7 @@ class Serving:
         return Peer(self.server.port)
 
     async def connect_securely(self) -> TLSPeer:
-        peer = TLSPeer(self.connect(), client_context(), server_side=False)
-        await peer.handshake()
-        return peer
+        return await shake_hands(self.connect())
 
 
 @asynccontextmanager

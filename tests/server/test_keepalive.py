@@ -45,7 +45,7 @@ from anyio_rst import (
 )
 from anyio_rst.testing import open_peer
 
-from securing import TLSPeer, client_context, server_context
+from securing import client_context, server_context, shake_hands
 from serving import (
     LONG,
     Peer,
@@ -298,9 +298,7 @@ async def lose_them_all(between: Cable, on_trio: bool) -> list[Case]:
         if "TLS" not in case.name:
             assert await peer.receive(5) == b"ready"
             return
-        context = server_context() if server_side else client_context()
-        tls = TLSPeer(peer, context, server_side=server_side)
-        await tls.handshake()
+        tls = await shake_hands(peer, server_side=server_side)
         assert await tls.receive(5) == b"ready"
 
     async def serve(case: Case, keepalive: float | None) -> None:

@@ -27,7 +27,7 @@ from test_serve_processes import (
 from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose, serve_tcp
 
 import limits
-from securing import TLSPeer, client_context, server_context
+from securing import server_context, shake_hands
 from serving import LONG, Peer, Seen
 
 pytestmark = pytest.mark.anyio
@@ -151,8 +151,7 @@ async def test_one_too_many_is_reset_before_its_tls_handshake(
     monkeypatch.setattr(limits, "MAX_PER_SOURCE", 1)
     async with limited(quiet, ssl_context=server_context()) as server:
         with Peer(server.port) as first:
-            secure = TLSPeer(first, client_context(), server_side=False)
-            await secure.handshake()
+            secure = await shake_hands(first)
             await is_refused(server)  # without a word
             await secure.send(b"hello")
             assert await secure.receive(5) == b"hello"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,14 +16,8 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from anyio_rst import Cause, CloseKind, Connection, Ending, PeerClose, Server, serve_tcp
 
-from securing import CLEAN, TLSPeer, client_context, server_context
-from serving import (
-    LONG,
-    Peer,
-    Seen,
-    error_of,
-    said,
-)
+from securing import CLEAN, TLSPeer, client_context, server_context, shake_hands
+from serving import LONG, Peer, Seen, error_of, said
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("secure", [False, True])]
 
@@ -106,8 +99,7 @@ async def exchange(peer: Peer, secure: bool) -> None:
         peer.send_eof()
         assert await peer.read_to_end() == Seen(b"hello", PeerClose.FIN)
         return
-    tls = TLSPeer(peer, client_context(), server_side=False)
-    await tls.handshake()
+    tls = await shake_hands(peer)
     await tls.send(b"hello")
     assert await tls.receive(5) == b"hello"
     tls.say_close_notify()
@@ -142,10 +134,8 @@ async def test_it_reads_to_the_byte_and_says_for_whom_the_peer_speaks(
         with Peer(service.server.port) as peer:
             if secure:
                 tls = TLSPeer(peer, client_context(), server_side=False)
-                with pytest.raises(ssl.SSLWantReadError):
-                    tls.tls.do_handshake()
                 # In one segment with the first flight of TLS.
-                await peer.send(HEADER + tls.outgoing.read())
+                await peer.send(HEADER + tls.hello())
                 await tls.handshake()
                 await tls.send(b"hello")
                 assert await tls.receive(5) == b"hello"

@@ -28,18 +28,12 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from securing import (
-    CLEAN,
-    Accepted,
-    client_context,
-    client_hello,
-    server_context,
-    shake_hands,
-)
+from securing import CLEAN, client_context, client_hello, server_context, shake_hands
 from serving import (
     LONG,
     Peer,
     Seen,
+    accepted,
     assert_reset,
     connection_of,
     said,
@@ -232,7 +226,7 @@ async def test_server_that_goes_away_without_a_handshake_is_a_loss(
     starter: str, how: str, when: str
 ) -> None:
     def accept(listener: socket.socket) -> None:
-        with Accepted(listener) as peer:
+        with accepted(listener) as peer:
             if when == "in":
                 # A part of a ServerHello: RFC 8446, 5.1.
                 peer.sock.recv(65536)

@@ -28,7 +28,6 @@ from anyio_rst import (
 from securing import (
     CLEAN,
     PROTOCOL,
-    Accepted,
     TLSPeer,
     client_context,
     each,
@@ -37,9 +36,10 @@ from securing import (
     secured,
     server_context,
     session,
+    shake_hands,
     talk,
 )
-from serving import LONG, Handler, Peer, arrived, serve, settled
+from serving import LONG, Handler, Peer, accepted, arrived, plain_server, serve, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -209,7 +209,7 @@ async def test_early_answer_is_received_after_a_failed_send_without_tls(
         ending = await served.ending()
     assert served.raised is None
     assert (ending.kind, ending.peer) == (CloseKind.RST, PeerClose.RST)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with plain_server() as listener:
 
         async def connect() -> None:
             async with connect_tcp(*listener.getsockname()) as conn:
@@ -217,68 +217,70 @@ async def test_early_answer_is_received_after_a_failed_send_without_tls(
 
         async with anyio.create_task_group() as tg:
             tg.start_soon(connect)
-            await refuse(await anyio.to_thread.run_sync(Accepted, listener))
+            await refuse(await anyio.to_thread.run_sync(accepted, listener))
     assert got == [b"413 Content Too Large"] * 2
 
 
 # Sessions that go on after the scope.
 
 
-def tls_options(side: str) -> dict[str, Any]:
+@asynccontextmanager
+async def session_and_peer(way: str, side: str) -> AsyncIterator[tuple[Any, TLSPeer]]:
+    """A session of the user's own, and the peer at its other end."""
     server = side == "server"
-    return {
+    options: dict[str, Any] = {
         "ssl_context": server_context() if server else client_context(),
         "server_side": server,
         "hostname": None if server else "localhost",
         "standard_compatible": True,
     }
 
+    async def ours(port: int) -> None:
+        given.append(await session(way, port, options))
+
+    given: list[Any] = []
+    with plain_server() as listener, anyio.fail_after(LONG):
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(ours, listener.getsockname()[1])
+            with await anyio.to_thread.run_sync(accepted, listener) as raw:
+                peer = await shake_hands(raw, server_side=not server)
+                await settled()
+                yield given[0], peer
+
+
+async def finish(peer: TLSPeer) -> None:
+    assert await peer.end() == (b"again", CLEAN)
+    peer.raw.send_eof()
+
 
 @each_own_session
 async def test_detach_gives_back_a_session_that_goes_on(way: str, side: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, anyio.fail_after(LONG):
-        given: list[Any] = []
-
-        async def ours() -> None:
-            given.append(await session(way, listener.getsockname()[1], tls_options(side)))
-
+    async with session_and_peer(way, side) as (stream, peer):
+        tls = stream.receive_stream if way == "buffered" else stream
+        below = tls.transport_stream
+        await peer.send(b"before, and after")
+        async with connection_scope(stream) as conn:
+            assert await conn.receive(7) == b"before,"
+            await conn.send(b"inside")
+            assert conn.detach() is stream
+        assert conn.ending is not None
+        assert conn.ending.kind is CloseKind.DETACHED
+        assert tls.transport_stream is below
+        assert await peer.receive(6) == b"inside"
+        receive = stream.receive_some if way == "trio" else stream.receive
+        send = stream.send_all if way == "trio" else stream.send
+        assert await receive(100) == b" and after"
+        await peer.send(b"news")
+        assert await receive(100) == b"news"
+        await send(b"outside")
+        assert await peer.receive(7) == b"outside"
+        # And once more, in another scope.
         async with anyio.create_task_group() as tg:
-            tg.start_soon(ours)
-            with await anyio.to_thread.run_sync(Accepted, listener) as raw:
-                context = client_context() if side == "server" else server_context()
-                peer = TLSPeer(raw, context, server_side=side == "client")
-                await peer.handshake()
-                await settled()
-                (stream,) = given
-                tls = stream.receive_stream if way == "buffered" else stream
-                below = tls.transport_stream
-                await peer.send(b"before, and after")
-                async with connection_scope(stream) as conn:
-                    assert await conn.receive(7) == b"before,"
-                    await conn.send(b"inside")
-                    assert conn.detach() is stream
-                assert conn.ending is not None
-                assert conn.ending.kind is CloseKind.DETACHED
-                assert tls.transport_stream is below
-                assert await peer.receive(6) == b"inside"
-                receive = stream.receive_some if way == "trio" else stream.receive
-                send = stream.send_all if way == "trio" else stream.send
-                assert await receive(100) == b" and after"
-                await peer.send(b"news")
-                assert await receive(100) == b"news"
-                await send(b"outside")
-                assert await peer.receive(7) == b"outside"
-                # And once more, in another scope.
-                async with connection_scope(stream, drain=Drain(LONG)) as conn:
-                    await conn.send(b"again")
-                    tg.start_soon(finish, raw, peer)
-                assert conn.ending is not None
-                assert conn.ending.kind is CloseKind.FIN
-
-
-async def finish(raw: Peer, peer: TLSPeer) -> None:
-    assert await peer.end() == (b"again", CLEAN)
-    raw.send_eof()
+            async with connection_scope(stream, drain=Drain(LONG)) as conn:
+                await conn.send(b"again")
+                tg.start_soon(finish, peer)
+        assert conn.ending is not None
+        assert conn.ending.kind is CloseKind.FIN
 
 
 @each("own", "start_tls")
@@ -318,46 +320,34 @@ async def test_session_that_is_broken_already_is_reset(
     way: str, side: str, how: str
 ) -> None:
     """Not ended with a FIN alone, which some take for a clean end."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, anyio.fail_after(LONG):
 
-        async def ours() -> None:
-            stream = await session(way, listener.getsockname()[1], tls_options(side))
-            await shaken.wait()
+    async def ours(stream: Any) -> None:
+        async with connection_scope(stream, drain=Drain(LONG)) as conn:
+            pass
+        assert conn.ending is not None
+        kinds.append(conn.ending.kind)
+
+    kinds: list[CloseKind] = []
+    async with session_and_peer(way, side) as (stream, peer):
+        if how == "record":
+            await peer.raw.send(b"this is not what TLS looks like")
             receive = stream.receive_some if way == "trio" else stream.receive
-            send = stream.send_all if way == "trio" else stream.send
-            if how == "record":
-                with pytest.raises((ssl.SSLError, trio.BrokenResourceError)):
-                    await receive()
-            else:
-                with anyio.CancelScope() as scope:
-                    scope.cancel()
-                    await send(bytes(2**20))
-                ready.set()
-            async with connection_scope(stream, drain=Drain(LONG)) as conn:
-                pass
-            assert conn.ending is not None
-            kinds.append(conn.ending.kind)
-
-        kinds: list[CloseKind] = []
-        shaken, ready = anyio.Event(), anyio.Event()
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(ours)
-            with await anyio.to_thread.run_sync(Accepted, listener) as raw:
-                context = client_context() if side == "server" else server_context()
-                peer = TLSPeer(raw, context, server_side=side == "client")
-                await peer.handshake()
-                shaken.set()
-                if how == "record":
-                    await raw.send(b"this is not what TLS looks like")
-                else:
-                    await ready.wait()
-                data, end = await peer.end()
-                with suppress(OSError):  # after a reset
-                    raw.send_eof()
-        if way == "trio" and how == "send":  # Trio noticed before it had begun
-            assert (data, end, kinds) == (b"", CLEAN, [CloseKind.FIN])
+            with pytest.raises((ssl.SSLError, trio.BrokenResourceError)):
+                await receive()
         else:
-            assert (data, end[-1], kinds) == (b"", "RST", [CloseKind.RST])
+            send = stream.send_all if way == "trio" else stream.send
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await send(bytes(2**20))
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(ours, stream)
+            data, end = await peer.end()
+            with suppress(OSError):  # after a reset
+                peer.raw.send_eof()
+    if way == "trio" and how == "send":  # Trio noticed before it had begun
+        assert (data, end, kinds) == (b"", CLEAN, [CloseKind.FIN])
+    else:
+        assert (data, end[-1], kinds) == (b"", "RST", [CloseKind.RST])
 
 
 @each("start_tls", "wrapped", "buffered", "trio")
@@ -385,22 +375,10 @@ async def test_send_on_a_session_that_ended_without_close_notify_is_a_loss(
 
 @each_own_session
 async def test_session_over_a_closed_stream_is_refused(way: str, side: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, anyio.fail_after(LONG):
-        given: list[Any] = []
-
-        async def ours() -> None:
-            given.append(await session(way, listener.getsockname()[1], tls_options(side)))
-
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(ours)
-            with await anyio.to_thread.run_sync(Accepted, listener) as raw:
-                context = client_context() if side == "server" else server_context()
-                await TLSPeer(raw, context, server_side=side == "client").handshake()
-                await settled()
-                (stream,) = given
-                tls = stream.receive_stream if way == "buffered" else stream
-                await tls.transport_stream.aclose()
-                await settled()  # uvloop's transport shows no socket any more
-                with pytest.raises(anyio.ClosedResourceError, match="closed already"):
-                    async with connection_scope(stream):
-                        pytest.fail("it could be entered")
+    async with session_and_peer(way, side) as (stream, _):
+        tls = stream.receive_stream if way == "buffered" else stream
+        await tls.transport_stream.aclose()
+        await settled()  # uvloop's transport shows no socket any more
+        with pytest.raises(anyio.ClosedResourceError, match="closed already"):
+            async with connection_scope(stream):
+                pytest.fail("it could be entered")
