@@ -70,12 +70,6 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()  # Hypothesis, which is imported at the end at the latest, looks at all
 
 
-def pytest_collection_finish() -> None:
-    """So that a test which collects garbage does not look through ten thousand tests."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "anyio_backend" not in metafunc.fixturenames:
         return
@@ -146,6 +140,14 @@ def open_descriptors() -> set[str]:
         with suppress(FileNotFoundError):  # the one that listdir() used
             found.add(f"{descriptor}: {os.readlink(f'/proc/self/fd/{descriptor}')}")
     return found
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_that_of_the_test() -> Iterator[None]:
+    """Whoever collects it does not look through ten thousand tests of pytest's."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
