@@ -20,7 +20,7 @@ import trio
 from anyio.abc import SocketAttribute
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.stapled import MultiListener
-from conftest import BACKENDS
+from conftest import BACKENDS, on_one_loop
 
 from anyio_rst import Connection, PeerClose, connection_scope, lowlevel
 
@@ -210,6 +210,7 @@ async def test_what_listeners_accept_is_armed() -> None:
             await stream.aclose()
 
 
+@on_one_loop
 @pytest.mark.parametrize("function", [lowlevel.arm, lowlevel.reset, lowlevel.finish])
 async def test_what_has_no_tcp_socket_is_refused(function: Any) -> None:
     with pytest.raises(TypeError, match="object has no socket"):

@@ -16,7 +16,7 @@ import anyio.lowlevel
 import pytest
 import trio
 from anyio.streams.buffered import BufferedByteReceiveStream
-from conftest import ASYNCIO, BACKEND
+from conftest import ASYNCIO, BACKEND, on_one_loop
 
 from anyio_rst import (
     Cause,
@@ -438,6 +438,7 @@ async def test_nothing_is_ended_before_its_time() -> None:
     await assert_fin(peer, b"bye")
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("timeout", "error"),
     [(-1, ValueError), (float("nan"), ValueError), ("3", TypeError), (True, TypeError)],

@@ -18,7 +18,7 @@ import pytest
 import trio
 from anyio.streams.buffered import BufferedByteStream
 from anyio.streams.stapled import StapledByteStream
-from conftest import ASYNCIO
+from conftest import ASYNCIO, on_one_loop
 
 from anyio_rst import (
     Cause,
@@ -56,17 +56,20 @@ class Failure(Exception):
 # Bad input.
 
 
+@on_one_loop
 @pytest.mark.parametrize("stream", [None, 3, "stream", object, socket.socket], ids=repr)
 async def test_what_is_no_stream_is_refused(stream: Any) -> None:
     with pytest.raises(TypeError, match="takes a byte stream over TCP"):
         connection_scope(stream)
 
 
+@on_one_loop
 async def test_a_plain_socket_is_refused() -> None:
     with socket.socket() as sock, pytest.raises(TypeError, match="not socket"):
         connection_scope(sock)  # type: ignore[arg-type]
 
 
+@on_one_loop
 async def test_in_memory_stream_is_refused() -> None:
     send, receive = anyio.create_memory_object_stream[bytes](1)
     stream = StapledByteStream(send, receive)  # type: ignore[arg-type]
@@ -89,6 +92,7 @@ async def test_pipe_is_refused(tmp_path: Any) -> None:
         await process.wait()
 
 
+@on_one_loop
 async def test_file_stream_is_refused() -> None:
     async with await anyio.open_file(os.devnull, "rb") as file:
         with pytest.raises(TypeError, match="takes a byte stream over TCP"):
@@ -138,6 +142,7 @@ async def test_stream_that_is_closed_before_the_scope_is_entered_is_refused() ->
             await scope.__aenter__()
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -191,6 +196,7 @@ class AsyncCallable:
     async def __call__(self, conn: Connection) -> None: ...
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("handler", "message"),
     [
@@ -209,6 +215,7 @@ async def test_handler_that_is_not_async_is_refused(handler: Any, message: str) 
         await serve_tcp(handler)
 
 
+@on_one_loop
 async def test_handler_that_was_called_by_mistake_is_refused() -> None:
     called: Any = async_function(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="without calling it"):

@@ -13,6 +13,7 @@ import outcome
 import pytest
 from anyio.abc import SocketAttribute
 from anyio.streams.buffered import BufferedByteReceiveStream
+from conftest import on_one_loop
 
 from anyio_rst import Cause, CloseKind, Connection, Ending, PeerClose, Server, serve_tcp
 
@@ -316,6 +317,7 @@ async def test_a_cancelled_server_cancels_it(secure: bool) -> None:
     assert ending.cause is Cause.CANCELLED
 
 
+@on_one_loop
 @pytest.mark.parametrize("wrong", [3, print, "read_header"])
 async def test_what_is_no_async_function_is_refused(secure: bool, wrong: Any) -> None:
     context = server_context() if secure else None

@@ -27,7 +27,7 @@ import anyio.to_thread
 import pytest
 import trio
 from anyio import wait_all_tasks_blocked
-from conftest import ASYNCIO
+from conftest import ASYNCIO, on_one_loop
 
 from anyio_rst import (
     Cause,
@@ -129,6 +129,7 @@ async def test_port_is_free_again_afterwards() -> None:
         assert again.port == server.port
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -598,6 +599,7 @@ def a_tls_listener() -> socket.socket:
     return context.wrap_socket(a_tcp_listener(), server_side=True)
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -631,6 +633,7 @@ async def test_what_does_not_listen_for_tcp_is_refused_and_nothing_is_changed(
                 bad.close()
 
 
+@on_one_loop
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -652,6 +655,7 @@ async def test_options_that_do_not_go_with_sockets_are_refused(
         assert listener.getblocking()
 
 
+@on_one_loop
 async def test_sockets_that_are_one_are_refused() -> None:
     with a_tcp_listener() as listener:
         with pytest.raises(ValueError, match=r"sockets\[1\] is the same as sockets\[0\]"):
@@ -1013,6 +1017,7 @@ async def test_connect_tcp_that_is_refused_raises() -> None:
             pytest.fail("there is nobody")
 
 
+@on_one_loop
 @pytest.mark.parametrize("options", [{"finish_on": 3}, {"drain": 3}])
 async def test_connect_tcp_refuses_bad_options_before_it_connects(options: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
