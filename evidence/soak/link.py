@@ -62,7 +62,7 @@ def enter(namespace: int) -> None:
     _call("setns", namespace, CLONE_NEWNET)
 
 
-def _in_new_namespace(function: Callable[[], T]) -> T:
+def in_new_namespace(function: Callable[[], T]) -> T:
     """Call it in a new network namespace, which lives as long as what it opens there."""
     results: list[T] = []
     failures: list[OSError] = []
@@ -144,10 +144,10 @@ class Link:
         self._descriptors: list[int] = []
         self.listeners: dict[Way, socket.socket] = {}
         try:
-            server = _in_new_namespace(_server_end)
+            server = in_new_namespace(_server_end)
             self.server_tun, self._table, server_devices, self.listeners, ours = server
             self._descriptors += [*server[:3], *ours]
-            peer = _in_new_namespace(_peer_end)
+            peer = in_new_namespace(_peer_end)
             self.peer_tun, self.namespace, peer_devices, theirs = peer
             self._descriptors += [*peer[:3], *theirs]
         except (OSError, AttributeError) as exc:

@@ -208,6 +208,10 @@ class Peer:
             # MPTCP's word for an RST behind a FIN.
             self._was_reset = True
             return PeerClose.RST
+        except OSError:  # ENOTCONN: MPTCP that fell back has no such end
+            if not self._was_reset:
+                raise
+            return PeerClose.RST
         if data:
             self._data += data
             return None
