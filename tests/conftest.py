@@ -60,16 +60,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip("there is no uvloop for this Python"))
 
 
-def pytest_collection_finish() -> None:
-    """What has been imported by now is no garbage: collections need not look at it."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # Hypothesis, which is imported at the end at the latest, looks at all
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "anyio_backend" not in metafunc.fixturenames:
         return
