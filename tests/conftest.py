@@ -6,13 +6,15 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
+
+from anyio_rst import testing
 
 BACKENDS: list[Any] = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
@@ -121,6 +123,16 @@ def collect() -> None:
     """Let all that is forgotten be finalized. On PyPy the owned waits for its owner."""
     for _ in range(1 if REFCOUNTS else 5):
         gc.collect()
+
+
+@contextmanager
+def capturing(port: int) -> Iterator[testing.Capture]:
+    """`capture_segments()`, or a test that is skipped where the process may not."""
+    try:
+        with testing.capture_segments(port) as capture:
+            yield capture
+    except testing.CaptureUnavailable as exc:
+        pytest.skip(str(exc))
 
 
 def open_descriptors() -> set[str]:

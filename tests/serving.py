@@ -18,14 +18,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
 import outcome
-import pytest
 import trio
 from anyio.abc import SocketAttribute
 from anyio.lowlevel import checkpoint
@@ -42,6 +41,9 @@ from anyio_rst import (
     serve_tcp,
     testing,
 )
+
+if TYPE_CHECKING:
+    import pytest  # which is much, and no child process needs it
 
 # For what must happen in a test that passes: only a failure ever waits this long.
 LONG = 20.0
@@ -302,16 +304,6 @@ def ending_with(kind: CloseKind, conn: Connection, cause: Cause) -> Ending:
     assert conn.ending is not None
     assert (conn.ending.kind, conn.ending.cause) == (kind, cause)
     return conn.ending
-
-
-@contextmanager
-def capturing(port: int) -> Iterator[testing.Capture]:
-    """`capture_segments()`, or a test that is skipped where the process may not."""
-    try:
-        with testing.capture_segments(port) as capture:
-            yield capture
-    except testing.CaptureUnavailable as exc:
-        pytest.skip(str(exc))
 
 
 async def has_ended(conn: Connection) -> Ending:

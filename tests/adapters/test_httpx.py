@@ -19,14 +19,14 @@ import h2.events
 import httpcore
 import httpx
 import pytest
-from conftest import collect
+from conftest import capturing, collect
 
 from anyio_rst import Cause, CloseKind, Connection, PeerClose
 from anyio_rst.httpx import _HTTPX_ERRORS, AsyncHTTPTransport
 from anyio_rst.testing import TCPFlag
 
 from securing import CLEAN, TLSPeer, client_context, server_context, shake_hands
-from serving import LONG, Peer, Seen, capturing
+from serving import LONG, Peer, Seen
 
 pytestmark = [
     pytest.mark.anyio,

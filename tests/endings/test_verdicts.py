@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.abc import SocketAttribute
+from conftest import capturing
 
 from anyio_rst import (
     Cause,
@@ -35,7 +36,6 @@ from serving import (
     Seen,
     assert_finished,
     assert_reset,
-    capturing,
     connection_of,
     error_of,
     fill_buffers,

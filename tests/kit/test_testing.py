@@ -18,6 +18,7 @@ import anyio.to_thread
 import pytest
 from anyio import wait_all_tasks_blocked
 from anyio.abc import SocketAttribute
+from conftest import capturing
 
 import anyio_rst.testing
 from anyio_rst import Cause, CloseKind, Connection, Drain, Ending, PeerClose, PeerReset
@@ -34,7 +35,7 @@ from anyio_rst.testing import (
     open_peer,
 )
 
-from serving import LONG, capturing
+from serving import LONG
 
 pytestmark = pytest.mark.anyio
 
