@@ -8,7 +8,7 @@ import importlib.util
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import ModuleType
@@ -338,11 +338,14 @@ class SocketOfMacOS(socket.socket):
 
 
 @pytest.fixture
-def as_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_macos(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     flags_and_mask = struct.pack("II", 1, 1)
     monkeypatch.setattr(_sockets, "_AFTER_SHUTDOWN", (SO_NP_EXTENSIONS, flags_and_mask))
     monkeypatch.setattr(_sockets, "_connect", lambda *arguments: -1)
     monkeypatch.setattr(socket, "socket", SocketOfMacOS)
+    yield
+    monkeypatch.undo()
+    _tcp_info._tells_of_fin.cache_clear()  # which asked this kernel
 
 
 @asynccontextmanager
