@@ -12,7 +12,7 @@ import anyio
 
 from evidence import pages
 
-from . import cut_report, cutting, proxied, report
+from . import cutting, proxied, report
 from .cuts import Cuts
 from .results import Results
 
@@ -40,7 +40,7 @@ def main() -> None:
         about = cutting.about()
         cells, left_out = cutting.measure(directory)
         cuts = Cuts(about, left_out, cells)
-        print(cut_report.tables(cuts))
+        print(report.cut_tables(cuts))
         if options.write:
             cuts.save(report.CUTS)
 

@@ -8,7 +8,7 @@ import re
 import socket
 import subprocess
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -147,30 +147,32 @@ def by_urllib(url: str, certificate: Path) -> Told:
         urllib.request.ProxyHandler({}),
         urllib.request.HTTPSHandler(context=client_context(certificate)),
     )
-    try:
+
+    def read() -> bytes:
         with opener.open(url, timeout=PATIENCE) as response:
-            return Told("returns", len(response.read()), noticed=False)
-    except (OSError, http.client.HTTPException) as exc:
-        return raised(exc)
+            content: bytes = response.read()
+            return content
+
+    return by_call(read, OSError, http.client.HTTPException)
 
 
 def by_httpx(url: str, certificate: Path) -> Told:
     trust = client_context(certificate)
+    with httpx.Client(verify=trust, trust_env=False, timeout=PATIENCE) as client:
+        return by_call(lambda: client.get(url).content, httpx.HTTPError)
+
+
+def by_call(call: Callable[[], Sized], *errors: type[Exception]) -> Told:
+    """The error is told without what is different each time: ports, numbers of bytes."""
     try:
-        with httpx.Client(verify=trust, trust_env=False, timeout=PATIENCE) as client:
-            return Told("returns", len(client.get(url).content), noticed=False)
-    except httpx.HTTPError as exc:
-        return raised(exc)
-
-
-def raised(exc: Exception) -> Told:
-    """Without what is different each time: ports, addresses and numbers of bytes."""
-    text = " ".join(str(exc).split())
+        return Told("returns", len(call()), noticed=False)
+    except errors as exc:
+        text, name = " ".join(str(exc).split()), type(exc).__name__
     text = re.sub(r"\d+ (bytes|more)", r"… \1", text)
     text = re.sub(r"0x[0-9a-f]+", "0x…", text)
     text = re.sub(r"(?<=127\.0\.0\.1[:,] )\d+|(?<=127\.0\.0\.1:)\d+", "…", text)
     text = re.sub(r"\d+ at most|\b\d{5,}\b", "…", text)
-    said = f"{type(exc).__name__}: {text}"
+    said = f"{name}: {text}"
     if len(said) > LONGEST:
         said = f"{said[:LONGEST].rstrip()} …"
     return Told(said, None, noticed=True)

@@ -7,6 +7,7 @@ import ftplib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -45,26 +46,21 @@ def by_requests(url: str, certificate: Path) -> Told:
     requests = package("requests")
     with requests.Session() as session:
         session.trust_env = False
-        try:
-            answer = session.get(url, verify=str(certificate), timeout=PATIENCE)
-        except requests.RequestException as exc:
-            return clients.raised(exc)
-        return Told("returns", len(answer.content), noticed=False)
+        get = partial(session.get, url, verify=str(certificate), timeout=PATIENCE)
+        return clients.by_call(lambda: get().content, requests.RequestException)
 
 
 def by_aiohttp(url: str, certificate: Path) -> Told:
     aiohttp = package("aiohttp")
 
-    async def ask() -> int:
-        async with aiohttp.ClientSession() as session:
-            trust: Any = client_context(certificate)
-            async with session.get(url, ssl=trust) as response:
-                return len(await response.read())
+    async def ask() -> Any:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(url, ssl=client_context(certificate)) as response,
+        ):
+            return await response.read()
 
-    try:
-        return Told("returns", asyncio.run(ask()), noticed=False)
-    except aiohttp.ClientError as exc:
-        return clients.raised(exc)
+    return clients.by_call(lambda: asyncio.run(ask()), aiohttp.ClientError)
 
 
 def by_node(url: str, certificate: Path) -> Told:
@@ -94,11 +90,11 @@ Ask = Callable[[int, Cutter], Told]
 
 def by_ftplib(port: int, cut: Cutter) -> Told:
     """The data has a connection of its own, and that is what is cut."""
-    size = 0
+    content = bytearray()
 
-    def take(data: bytes) -> None:
-        nonlocal size
-        size += len(data)
+    def retrieve() -> bytearray:
+        client.retrbinary("RETR file", content.extend)
+        return content
 
     with ftplib.FTP(timeout=PATIENCE) as client:
         client.connect(HOST, port)
@@ -107,11 +103,7 @@ def by_ftplib(port: int, cut: Cutter) -> Told:
         with open_proxy(where) as proxy:
             client.sendcmd(f"SITE PROXY {proxy.port}")
             cut(proxy)
-            try:
-                client.retrbinary("RETR file", take)
-            except ftplib.all_errors as exc:
-                return clients.raised(exc)
-    return Told("returns", size, noticed=False)
+            return clients.by_call(retrieve, *ftplib.all_errors)
 
 
 # Text, and as many bytes on the way.
@@ -124,32 +116,26 @@ def by_psycopg(port: int, cut: Cutter) -> Told:
         address = f"host={HOST} port={proxy.port} user=me dbname=postgres"
         with psycopg.connect(address) as connection:
             cut(proxy)
-            try:
-                row = connection.execute(QUERY).fetchone()
-            except psycopg.Error as exc:
-                return clients.raised(exc)
-            assert row is not None
-            return Told("returns", len(row[0]), noticed=False)
+            ask = partial(connection.execute, QUERY)
+            return clients.by_call(lambda: ask().fetchone()[0], psycopg.Error)
 
 
 def by_asyncpg(port: int, cut: Cutter) -> Told:
     asyncpg = package("asyncpg")
 
-    async def ask(proxy: Proxy) -> int:
+    async def ask() -> Any:
         connection = await asyncpg.connect(
             host=HOST, port=proxy.port, user="me", database="postgres", ssl=False
         )
         try:
             cut(proxy)
-            return len(await connection.fetchval(QUERY, timeout=PATIENCE))
+            return await connection.fetchval(QUERY, timeout=PATIENCE)
         finally:
             connection.terminate()
 
+    errors = OSError, asyncpg.PostgresError, asyncpg.InterfaceError
     with open_proxy(port) as proxy:
-        try:
-            return Told("returns", asyncio.run(ask(proxy)), noticed=False)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
-            return clients.raised(exc)
+        return clients.by_call(lambda: asyncio.run(ask()), *errors)
 
 
 def by_redis(port: int, cut: Cutter) -> Told:
@@ -158,11 +144,7 @@ def by_redis(port: int, cut: Cutter) -> Told:
     with open_proxy(port) as proxy, redis.Redis(host=HOST, port=proxy.port) as client:
         client.set("file", cut_servers.CONTENT)
         cut(proxy)
-        try:
-            found: Any = client.get("file")
-        except redis.RedisError as exc:
-            return clients.raised(exc)
-        return Told("returns", len(found), noticed=False)
+        return clients.by_call(lambda: client.get("file"), redis.RedisError)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from evidence.certificates import issue
 from evidence.results import version_of
 from evidence.sockets import HOST
 
-from . import cut_clients, cut_servers, words
+from . import cut_clients, cut_servers, results
 from .cut_clients import HTTP, OTHERS
 from .cuts import BODIES, ENDS, SIZE, Cut
 from .programs import Unavailable, find
+from .results import ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +81,7 @@ def measure(directory: Path) -> tuple[list[Cut], dict[str, str]]:
             for end in ("whole", *ENDS):
                 cell = Cut(client, body, end, [])
                 cells.append(cell)
-                rounds = range(words.ROUNDS)
+                rounds = range(ROUNDS)
                 asked.extend((cell, pool.submit(answer, end)) for _ in rounds)
 
         for client in HTTP:
@@ -104,7 +105,7 @@ def measure(directory: Path) -> tuple[list[Cut], dict[str, str]]:
 
 
 def about() -> dict[str, str]:
-    found = words.about("anyio_rst", *PACKAGES)
+    found = results.about("anyio_rst", *PACKAGES)
     for name, (option, pattern) in PROGRAMS.items():
         if (program := find(name)) is not None:
             found[name] = version_of(program, option, pattern) or "of an unknown version"

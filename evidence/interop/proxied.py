@@ -17,10 +17,10 @@ from evidence.certificates import issue
 from evidence.results import version_of
 from evidence.sockets import HOST, free_ports
 
-from . import clients, origins, proxies, words
+from . import clients, origins, proxies, results
 from .origins import RECORDER, Recorder, over
 from .proxies import Forward
-from .results import ANSWERS, ROUTES, TLS_ROUTES, Cell, Upstream
+from .results import ANSWERS, ROUNDS, ROUTES, TLS_ROUTES, Cell, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -58,7 +58,7 @@ class Measuring:
         answer, ask = ANSWERS[cell.answer], clients.BY_SCHEME[cell.scheme][cell.client]
         port = self._ports[cell.route, over(cell.scheme, answer.origin)]
         url = f"{cell.scheme}://{HOST}:{port}{answer.target}"
-        for _ in range(words.ROUNDS):
+        for _ in range(ROUNDS):
             told = await anyio.to_thread.run_sync(
                 ask, url, self._trust, limiter=self._limit
             )
@@ -66,7 +66,7 @@ class Measuring:
 
     async def end(self, row: Upstream) -> None:
         """The connection from the client's side, either way."""
-        for turn in range(words.ROUNDS):
+        for turn in range(ROUNDS):
             target = f"/{row.route}/{turn}"
             _, end = await self._recorded(row.route, f"{target}/reset", clients.reset)
             row.of_reset.append(end)
@@ -152,7 +152,7 @@ def check_programs() -> None:
 
 
 def about() -> dict[str, str]:
-    found = words.about(*PYTHON_PACKAGES)
+    found = results.about(*PYTHON_PACKAGES)
     for name, (package, option, pattern) in PROGRAMS.items():
         version = version_of(name, option, pattern)
         if version is None:

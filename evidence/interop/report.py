@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from evidence.pages import DOCS, filled, table
 
-from . import cut_report, cuts
+from . import cuts
+from .cuts import BODIES, ENDS, OTHERS
 from .results import (
     ANSWERS,
     CHUNKS,
@@ -18,18 +19,32 @@ from .results import (
     ROUTES,
     load,
 )
-from .words import VERDICTS, each, measured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+    from .cuts import Cut, Cuts
     from .results import Cell, Results, Told
 
 HERE = Path(__file__).parent
 RESULTS, CUTS = HERE / "results.json", HERE / "cuts.json"
 PAGE = DOCS / "interop.md"
 
+VERDICTS = {True: "noticed", False: "**not noticed**", None: "**not always**"}
+
 FAILURES = [HALF_RST, LONG_HALF_RST, CHUNKS, HALF_FIN]
+
+
+def each(said: Iterable[str]) -> str:
+    """Once, if it was the same each time."""
+    return " or ".join(sorted(set(said)))
+
+
+def measured(about: dict[str, str]) -> str:
+    about = dict(about)
+    date, system, rounds = (about.pop(name) for name in ("date", "system", "rounds"))
+    versions = ", ".join(f"{name} {version}" for name, version in about.items())
+    return f"{date}, {system}, each {rounds} times: {versions}."
 
 
 def code(client: str) -> str:
@@ -170,7 +185,67 @@ def tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+# Cut in the middle.
+
+
+def judged(cell: Cut | None) -> str:
+    return "" if cell is None else VERDICTS[cell.noticed]
+
+
+def over_http(found: Cuts, end: str) -> str:
+    clients = dict.fromkeys(cell.client for cell in found.cells if cell.body)
+    body = [
+        [f"`{client}`", *(judged(found.find(client, kind, end)) for kind in BODIES)]
+        for client in clients
+    ]
+    return table(["client", *BODIES.values()], body)
+
+
+def by_other_protocols(found: Cuts) -> str:
+    body = [
+        [
+            f"`{client}`",
+            asked,
+            *(judged(found.find(client, "", end)) for end in ENDS),
+        ]
+        for client, asked in OTHERS.items()
+        if client not in found.left_out
+    ]
+    return table(["client", "asks for", *ENDS.values()], body)
+
+
+def cut_words(found: Cuts) -> str:
+    body = []
+    for cell in found.cells:
+        if cell.end != "whole":
+            said = each(told.said for told in cell.told)
+            kind = BODIES.get(cell.body, "")
+            body.append([f"`{cell.client}`", kind, ENDS[cell.end], said])
+    return table(["client", "body", "cut by", "what it says"], body)
+
+
+def cut_tables(found: Cuts) -> str:
+    whole = [cell for cell in found.cells if cell.end == "whole"]
+    wrong = [f"`{cell.client}`" for cell in whole if not cell.is_right]
+    but = f", but for those of {', '.join(dict.fromkeys(wrong))}" if wrong else ""
+    left_out = [f"`{name}` ({reason})" for name, reason in found.left_out.items()]
+    parts = [
+        measured(found.about),
+        f"All answers that were not cut arrived whole{but}.",
+        f"Left out: {', '.join(left_out)}." if left_out else "None was left out.",
+        "### Cut by a FIN",
+        over_http(found, "fin"),
+        "### Cut by an RST",
+        over_http(found, "rst"),
+        "### Other protocols",
+        by_other_protocols(found),
+        "### What they said of it",
+        cut_words(found),
+    ]
+    return "\n\n".join(parts)
+
+
 def written() -> dict[Path, str]:
     """The page, as the stored results have it."""
     page = filled(PAGE.read_text(), "results", tables(load(RESULTS)))
-    return {PAGE: filled(page, "cuts", cut_report.tables(cuts.load(CUTS)))}
+    return {PAGE: filled(page, "cuts", cut_tables(cuts.load(CUTS)))}

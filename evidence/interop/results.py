@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evidence.results import save
+from evidence.results import save, today, versions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+
+ROUNDS = 3  # everything is asked so often
 
 JUDGE = "a plain socket"
 
@@ -92,6 +95,16 @@ ANSWERS = {
     CHUNKS: Answer("half of it, in chunks, RST", "chunked", -500, 500),
     HALF_FIN: Answer("half of it, FIN (plain AnyIO)", "plain", -500, 500),
 }
+
+
+def about(*packages: str) -> dict[str, str]:
+    """When it was measured, and with what; the versions of programs are to follow."""
+    return {
+        "date": today(),
+        "system": platform.system(),
+        "rounds": str(ROUNDS),
+        **versions(*packages),
+    }
 
 
 class Repeated:

@@ -256,8 +256,7 @@ def bound(sock: socket.socket, addresses: Iterator[tuple[str, int]]) -> tuple[st
 
 
 def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    print(line, flush=True)
 
 
 def main(

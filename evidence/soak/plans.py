@@ -246,14 +246,8 @@ def _plan(number: int, kind: str, way: Way, rng: random.Random, *, lossy: bool) 
     elif kind == "half-closing":
         work = rng.choice(HALF_CLOSING)
         upload = rng.randint(0, 8 if lossy else 64) * KIB
-    elif kind == "resetting":
-        manner = rng.choice(RESETTING)
-        if manner is Manner.WAITING:
-            work = Work.WAIT
-        elif manner is Manner.IN_ANSWER:
-            size = 32 * KIB if lossy else ENDLESS
     else:
-        manner = rng.choice(VANISHING)
+        manner = rng.choice(RESETTING if kind == "resetting" else VANISHING)
         if manner is Manner.WAITING:
             work = Work.WAIT
         elif manner is Manner.IN_ANSWER:

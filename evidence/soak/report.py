@@ -26,58 +26,43 @@ EXPLAINED = [
 table = partial(pages.table, numbers=True)
 
 
+def figures(result: Result) -> dict[str, str]:
+    """By what they are."""
+    samples = result.samples[:1] + result.samples[-1:]
+    counts = {
+        "connections": result.connections,
+        "of them across the lossy link": result.lossy,
+        "`Ending`: FIN": result.endings["FIN"],
+        "`Ending`: RST": result.endings["RST"],
+        "**disagreements**": result.disagreements(),
+        "**lost answers**": (result.verdicts + result.killed)[Verdict.LOST_ANSWER.name],
+        **{f"explained: {v.value}": result.verdicts[v.name] for v in EXPLAINED},
+        "sipping readers that got all": result.sipped,
+        "of them longer than the limit of the drain": result.outlasted,
+        "stops of the peers' processes": result.stops,
+        "forks of the server": result.forks,
+        "servers killed while a forked child lived": result.deaths,
+        "their connections": result.killed.total(),
+        "of them ended by the death": result.killed[Verdict.KILLED.name],
+        "EMFILE episodes": result.episodes,
+        "accepts that failed in them": result.accept_failures,
+        "packets on the link": result.link["packets"],
+        **{f"of them {n}": result.link[n] for n in ("lost", "reordered", "doubled")},
+    }
+    rss = [f"{value / 2**20:.1f}" for value in result.quarters("rss")]
+    blocks = [f"{value:,.0f}" for value in result.quarters("blocks")]
+    return {name: f"{count:,}" for name, count in counts.items()} | {
+        "RSS, MiB, first to last quarter": " to ".join(rss),
+        "memory blocks, first to last quarter": " to ".join(blocks),
+        "descriptors, first to last": " to ".join(str(s.descriptors) for s in samples),
+        "seconds": f"{result.seconds:,.0f}",
+    }
+
+
 def summary(results: list[Result]) -> str:
-    def mib(result: Result) -> str:
-        return " to ".join(f"{value / 2**20:.1f}" for value in result.quarters("rss"))
-
-    def blocks(result: Result) -> str:
-        return " to ".join(f"{value:,.0f}" for value in result.quarters("blocks"))
-
-    def descriptors(result: Result) -> str:
-        return " to ".join(
-            str(s.descriptors) for s in result.samples[:1] + result.samples[-1:]
-        )
-
-    rows: list[tuple[str, list[str]]] = [
-        ("connections", [f"{r.connections:,}" for r in results]),
-        ("of them across the lossy link", [f"{r.lossy:,}" for r in results]),
-        ("`Ending`: FIN", [f"{r.endings['FIN']:,}" for r in results]),
-        ("`Ending`: RST", [f"{r.endings['RST']:,}" for r in results]),
-        ("**disagreements**", [f"{r.disagreements():,}" for r in results]),
-        (
-            "**lost answers**",
-            [f"{(r.verdicts + r.killed)[Verdict.LOST_ANSWER.name]:,}" for r in results],
-        ),
-        *(
-            (f"explained: {v.value}", [f"{r.verdicts[v.name]:,}" for r in results])
-            for v in EXPLAINED
-        ),
-        ("sipping readers that got all", [f"{r.sipped:,}" for r in results]),
-        (
-            "of them longer than the limit of the drain",
-            [f"{r.outlasted:,}" for r in results],
-        ),
-        ("stops of the peers' processes", [f"{r.stops:,}" for r in results]),
-        ("forks of the server", [f"{r.forks:,}" for r in results]),
-        ("servers killed while a forked child lived", [f"{r.deaths:,}" for r in results]),
-        ("their connections", [f"{r.killed.total():,}" for r in results]),
-        (
-            "of them ended by the death",
-            [f"{r.killed[Verdict.KILLED.name]:,}" for r in results],
-        ),
-        ("EMFILE episodes", [f"{r.episodes:,}" for r in results]),
-        ("accepts that failed in them", [f"{r.accept_failures:,}" for r in results]),
-        ("packets on the link", [f"{r.link['packets']:,}" for r in results]),
-        *(
-            (f"of them {name}", [f"{r.link[name]:,}" for r in results])
-            for name in ("lost", "reordered", "doubled")
-        ),
-        ("RSS, MiB, first to last quarter", [mib(r) for r in results]),
-        ("memory blocks, first to last quarter", [blocks(r) for r in results]),
-        ("descriptors, first to last", [descriptors(r) for r in results]),
-        ("seconds", [f"{r.seconds:,.0f}" for r in results]),
-    ]
-    return table(["", *(r.loop for r in results)], [[name, *row] for name, row in rows])
+    columns = [figures(result) for result in results]
+    body = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return table(["", *(r.loop for r in results)], body)
 
 
 def by_kind(result: Result) -> str:

@@ -240,8 +240,7 @@ async def warm_up() -> None:
 
 
 def say(reply: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(reply) + "\n")
-    sys.stdout.flush()
+    print(json.dumps(reply), flush=True)
 
 
 async def serve(

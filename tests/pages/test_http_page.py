@@ -12,18 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import requests
-import trustme
 from test_download import needs
 
 from evidence import ROOT
-from evidence.interop import clients
-from evidence.interop.results import Told
-from evidence.sockets import RESET_ON_CLOSE
+from evidence.certificates import issue, server_context
+from evidence.interop import clients, cut_clients
+from evidence.sockets import HOST, RESET_ON_CLOSE
 
 from serving import LONG
+
+if TYPE_CHECKING:
+    from evidence.interop.results import Told
 
 CLOSE_NOTIFY = "close_notify"
 HALF = b"half"
@@ -87,12 +89,12 @@ class Cutting:
 @contextmanager
 def cutting(response: bytes, end: str, context: ssl.SSLContext | None) -> Iterator[str]:
     """Its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((HOST, 0)) as listener:
         server = Cutting(listener, response, end, context)
         thread = threading.Thread(target=server.serve)
         thread.start()
         scheme = "http" if context is None else "https"
-        yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/"
+        yield f"{scheme}://{HOST}:{listener.getsockname()[1]}/"
         thread.join(LONG)
         assert not thread.is_alive()
 
@@ -104,22 +106,12 @@ def by_curl(url: str, certificate: Path) -> Told:
     )
 
 
-def by_requests(url: str, certificate: Path) -> Told:
-    with requests.Session() as session:
-        session.trust_env = False
-        try:
-            response = session.get(url, verify=str(certificate), timeout=LONG)
-        except requests.RequestException as exc:
-            return clients.raised(exc)
-    return Told("returns", len(response.content), noticed=False)
-
-
 CLIENTS = {
     "curl": clients.by_curl,
     "wget": clients.by_wget,
     "urllib": clients.by_urllib,
     "httpx": clients.by_httpx,
-    "requests": by_requests,
+    "requests": cut_clients.by_requests,
 }
 CELLS = {
     "noticed": True,
@@ -141,12 +133,8 @@ def test_table_is_whole() -> None:
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
     """For a server, and for its clients."""
-    authority = trustme.CA()
-    certificate = tmp_path_factory.mktemp("http") / "ca.pem"
-    authority.cert_pem.write_to_path(certificate)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    return context, certificate
+    certificate, trust = issue(tmp_path_factory.mktemp("http"), HOST)
+    return server_context(certificate), trust
 
 
 @needs("curl")
