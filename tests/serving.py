@@ -490,8 +490,9 @@ async def receive_all(conn: Connection, size: int = 65536) -> bytes:
     return b"".join(chunks)
 
 
-async def while_waiting(operation: Any, act: Callable[..., object], *args: Any) -> Any:
-    """The result of *operation*; once that waits, *act* is called."""
+@asynccontextmanager
+async def soon(act: Callable[..., object], *args: Any) -> AsyncIterator[None]:
+    """Once what is under it waits, *act* is called."""
 
     async def later() -> None:
         await turns(10)
@@ -500,7 +501,13 @@ async def while_waiting(operation: Any, act: Callable[..., object], *args: Any) 
     async with anyio.create_task_group() as tg:
         tg.start_soon(later)
         with anyio.fail_after(LONG):
-            return await operation
+            yield
+
+
+async def while_waiting(operation: Any, act: Callable[..., object], *args: Any) -> Any:
+    """The result of *operation*; once that waits, *act* is called."""
+    async with soon(act, *args):
+        return await operation
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from anyio_rst import (
     CloseKind,
     Connection,
     Drain,
+    Ending,
     PeerClose,
     PeerReset,
     _tcp_info,
@@ -36,13 +37,14 @@ from serving import (
     LONG,
     Peer,
     Seen,
+    Service,
     arrived,
     fill_buffers,
     receive_all,
     serve,
     settled,
+    soon,
     stream_and_peer,
-    turns,
     while_waiting,
 )
 
@@ -86,6 +88,14 @@ def linger(sock: Any, value: bytes) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, value)
 
 
+async def ended_well(service: Service) -> Ending:
+    """The end of the next connection, whose handler has raised nothing."""
+    served = await service.next()
+    ending = await served.ending()
+    assert served.raised is None
+    return ending
+
+
 async def ended(connections: list[Connection]) -> None:
     while not connections or connections[0].ending is None:
         await anyio.sleep(0.01)
@@ -107,20 +117,6 @@ def take_error_in_a_child(sock: Any, _: object = None) -> None:
     until_gone(sock)
     code = "print(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))"
     assert child(code, sock) == str(errno.ECONNRESET)
-
-
-@asynccontextmanager
-async def soon(act: Callable[..., object], *args: Any) -> AsyncIterator[None]:
-    """Once what is under it waits, *act* is called."""
-
-    async def later() -> None:
-        await turns(10)
-        act(*args)
-
-    async with anyio.create_task_group() as tg:
-        tg.start_soon(later)
-        with anyio.fail_after(LONG):
-            yield
 
 
 @contextmanager
@@ -354,9 +350,7 @@ async def test_end_after_receiving_was_shut_down_is_one(kind: str) -> None:
 
     async with serve(kind, handler) as service:
         with service.connect() as peer:
-            served = await service.next()
-            ending = await served.ending()
-    assert served.raised is None
+            ending = await ended_well(service)
     assert ending.peer is PeerClose.FIN
 
 
@@ -554,10 +548,8 @@ async def test_mode_of_the_socket_changed_by_others_blocks_nobody(
 
     async with serve(kind, handler) as service:
         with service.connect(buffer=4096) as peer:
-            served = await service.next()
-            ending = await served.ending()
+            ending = await ended_well(service)
             assert (await peer.read_to_end()).close is PeerClose.RST
-    assert served.raised is None
     assert ending.cause is Cause.TORN_SEND
 
 
@@ -682,10 +674,8 @@ async def test_socket_options_cost_no_time_while_receive_waits(
     received: list[bytes] = []
     async with serve(kind, handler, drain=ENDLESS) as service:
         with service.connect() as peer:
-            served = await service.next()
-            ending = await served.ending()
+            ending = await ended_well(service)
             assert (await peer.read_to_end()).close is PeerClose.FIN
-    assert served.raised is None
     assert received == [bytes(100)]
     assert (ending.kind, ending.peer) == (CloseKind.FIN, PeerClose.FIN)
 
@@ -735,9 +725,7 @@ async def test_socket_options_hide_no_reset(
 
     async with serve(kind, handler) as service:
         with service.connect() as peer:
-            served = await service.next()
-            ending = await served.ending()
-    assert served.raised is None
+            ending = await ended_well(service)
     assert (ending.kind, ending.peer) == (CloseKind.RST, PeerClose.RST)
 
 
@@ -785,9 +773,7 @@ async def test_urgent_mark_is_no_end(kind: str, inline: bool) -> None:
             peer.sock.sendall(b"cd")
             peer.send_eof()
             assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
-            served = await service.next()
-            ending = await served.ending()
-    assert served.raised is None
+            ending = await ended_well(service)
     assert (ending.kind, ending.peer) == (CloseKind.FIN, PeerClose.FIN)
 
 
@@ -805,6 +791,4 @@ async def test_low_water_mark_does_not_keep_back_an_end(kind: str) -> None:
             await arrived(peer)
             peer.send_eof()
             assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
-            served = await service.next()
-            await served.ending()
-    assert served.raised is None
+            await ended_well(service)
