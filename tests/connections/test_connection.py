@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import trio
 import trio.testing
@@ -15,14 +16,18 @@ from anyio import wait_all_tasks_blocked
 from anyio.abc import SocketAttribute
 from anyio.streams.buffered import BufferedByteReceiveStream
 
-from anyio_rst import Cause, CloseKind, Connection, PeerClose, PeerReset
+from anyio_rst import Cause, CloseKind, Connection, PeerClose, PeerReset, connect_tcp
 from anyio_rst.testing import Peer, assert_fin, open_peer
 
+from serving import Peer as PlainPeer
 from serving import (
     Seen,
+    accepted,
+    arrived,
     assert_finished,
     assert_reset,
     connection_of,
+    plain_server,
     serve,
     settled,
     value_of,
@@ -227,19 +232,6 @@ async def test_detach_is_refused_while_a_task_is_in_the_connection(kind: str) ->
     await assert_finished(conn, peer, Cause.RETURNED)
 
 
-# The block of the connection itself.
-
-
-async def test_async_with_the_connection_obeys_the_rules(kind: str) -> None:
-    """`async with stream:` is what handlers of AnyIO do; there it calls `aclose()`."""
-    async with connection_of(kind) as (conn, peer):
-        with pytest.raises(ZeroDivisionError):
-            async with conn:
-                await conn.send(b"half")
-                _ = 1 / 0
-        await assert_reset(conn, peer, Cause.RAISED, b"half")
-
-
 async def test_a_buffered_reader_on_a_connection_works(kind: str) -> None:
     async with connection_of(kind) as (conn, peer):
         await peer.send(b"hello\nworld")
@@ -248,16 +240,43 @@ async def test_a_buffered_reader_on_a_connection_works(kind: str) -> None:
     await assert_finished(conn, peer, Cause.RETURNED, b"HELLO")
 
 
-async def test_send_to_a_peer_that_reset_raises_peer_reset_and_is_torn_or_not(
-    kind: str,
-) -> None:
-    async with connection_of(kind) as (conn, peer):
-        peer.reset()
+# A peer that has reset.
+
+
+async def test_early_answer_is_received_after_a_failed_send(kind: str) -> None:
+    """As over TLS, where test_tls_endings.py has it."""
+    got: list[bytes] = []
+
+    async def upload(conn: Connection) -> None:
         with pytest.raises(PeerReset):
             while True:
-                await conn.send(b"x")
-    assert conn.ending is not None
-    assert (conn.ending.kind, conn.ending.peer) == (CloseKind.RST, PeerClose.RST)
+                await conn.send(bytes(2**16))
+        got.append(await conn.receive())
+        with pytest.raises(PeerReset):
+            await conn.receive()
+
+    async def refuse(peer: PlainPeer) -> None:
+        await peer.receive(1000)
+        await peer.send(b"413 Content Too Large")
+        await arrived(peer)
+        peer.sock.close()
+
+    async with serve(kind, upload) as service:
+        await refuse(service.connect())
+        served = await service.next()
+        ending = await served.ending()
+    assert served.raised is None
+    assert (ending.kind, ending.peer) == (CloseKind.RST, PeerClose.RST)
+    with plain_server() as listener:
+
+        async def connect() -> None:
+            async with connect_tcp(*listener.getsockname()) as conn:
+                await upload(conn)
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(connect)
+            await refuse(await anyio.to_thread.run_sync(accepted, listener))
+    assert got == [b"413 Content Too Large"] * 2
 
 
 async def test_send_eof_to_a_peer_that_reset_raises_and_sends_nothing() -> None:

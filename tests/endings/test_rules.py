@@ -90,13 +90,6 @@ async def test_return_finishes(kind: str) -> None:
     assert ending.remote_address[0] == "127.0.0.1"
 
 
-async def test_return_without_a_word_finishes(kind: str) -> None:
-    async def handler(conn: Connection) -> None:
-        pass
-
-    assert_fin(*await judge(kind, handler), b"", Cause.RETURNED)
-
-
 @pytest.mark.parametrize(
     "exc",
     [

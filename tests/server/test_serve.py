@@ -42,12 +42,7 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from serving import (
-    LONG,
-    Peer,
-    Seen,
-    said,
-)
+from serving import LONG, Peer, Seen, said
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup, ExceptionGroup
@@ -223,13 +218,6 @@ async def test_peer_that_went_away_is_one_line_at_info(
         assert record.levelno == logging.INFO
         assert record.exc_info is None
         assert record.message.startswith("the peer went away: <Connection with ")
-
-
-async def test_finish_on_is_no_failure_to_log(caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(fail, finish_on=Failure) as server:
-        with Peer(server.port) as peer:
-            assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
-    assert not said(caplog)
 
 
 async def test_propagate_errors_lets_them_out() -> None:

@@ -14,16 +14,7 @@ import pytest
 import trio
 from anyio.streams.tls import TLSAttribute, TLSStream
 
-from anyio_rst import (
-    Cause,
-    CloseKind,
-    Connection,
-    Drain,
-    PeerClose,
-    PeerReset,
-    connect_tcp,
-    connection_scope,
-)
+from anyio_rst import Cause, CloseKind, Connection, Drain, connection_scope
 
 from securing import (
     CLEAN,
@@ -39,7 +30,7 @@ from securing import (
     shake_hands,
     talk,
 )
-from serving import LONG, Handler, Peer, accepted, arrived, plain_server, serve, settled
+from serving import LONG, Handler, accepted, plain_server, serve, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -179,46 +170,6 @@ async def test_many_small_messages_in_both_directions(
 
     ending = (await talk(way, side, body, script, version=version)).ending
     assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
-
-
-# An early answer, without TLS.
-
-
-async def test_early_answer_is_received_after_a_failed_send_without_tls(
-    kind: str,
-) -> None:
-    got: list[bytes] = []
-
-    async def upload(conn: Connection) -> None:
-        with pytest.raises(PeerReset):
-            while True:
-                await conn.send(bytes(2**16))
-        got.append(await conn.receive())
-        with pytest.raises(PeerReset):
-            await conn.receive()
-
-    async def refuse(peer: Peer) -> None:
-        await peer.receive(1000)
-        await peer.send(b"413 Content Too Large")
-        await arrived(peer)
-        peer.sock.close()
-
-    async with serve(kind, upload) as service:
-        await refuse(service.connect())
-        served = await service.next()
-        ending = await served.ending()
-    assert served.raised is None
-    assert (ending.kind, ending.peer) == (CloseKind.RST, PeerClose.RST)
-    with plain_server() as listener:
-
-        async def connect() -> None:
-            async with connect_tcp(*listener.getsockname()) as conn:
-                await upload(conn)
-
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(connect)
-            await refuse(await anyio.to_thread.run_sync(accepted, listener))
-    assert got == [b"413 Content Too Large"] * 2
 
 
 # Sessions that go on after the scope.
