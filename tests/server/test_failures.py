@@ -160,12 +160,10 @@ async def greets(conn: Connection) -> None:
 
 
 @pytest.mark.parametrize("handler", [receives, reads_exactly, greets])
-@pytest.mark.parametrize("tls", [False, True])
 async def test_who_connects_and_leaves_is_no_failure(
-    handler: Handler, tls: bool, records: Records
+    handler: Handler, records: Records
 ) -> None:
-    options = {"ssl_context": server_context()} if tls else {}
-    async with serving(handler, **options) as service:
+    async with serving(handler) as service:
         with service.connect() as peer:
             peer.send_eof()
             await service.wait_for(1)
@@ -173,12 +171,10 @@ async def test_who_connects_and_leaves_is_no_failure(
 
 
 @pytest.mark.parametrize("handler", [receives, reads_exactly])
-@pytest.mark.parametrize("tls", [False, True])
 async def test_who_connects_and_resets_is_no_failure(
-    handler: Handler, tls: bool, records: Records
+    handler: Handler, records: Records
 ) -> None:
-    options = {"ssl_context": server_context()} if tls else {}
-    async with serving(handler, **options) as service:
+    async with serving(handler) as service:
         service.connect().reset()
         await service.wait_for(1)
     assert [level for level, _ in records()] == ["DEBUG"]

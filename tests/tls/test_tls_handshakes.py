@@ -184,24 +184,15 @@ async def test_alert_of_the_peer_is_an_ssl_error(starter: str) -> None:
 # A peer that goes away.
 
 
-async def test_client_that_closes_before_its_first_byte_is_logged_as_that(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async def handler(conn: Connection) -> None:
-        pytest.fail("called without a handshake")
-
-    caplog.set_level(logging.DEBUG, "anyio_rst")
-    async with serve("native", handler, ssl_context=server_context()) as service:
-        with service.connect() as peer:
-            peer.send_eof()
-            assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
-    (record,) = said(caplog)
-    assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
-    assert "the peer closed before the TLS handshake" in record.message
-
-
-async def test_client_that_resets_before_its_first_byte_is_logged_as_that(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("FIN", "the peer closed before the TLS handshake"),
+        ("RST", "the peer reset the connection"),
+    ],
+)
+async def test_client_that_goes_away_before_its_first_byte_is_logged_as_that(
+    how: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def handler(conn: Connection) -> None:
         pytest.fail("called without a handshake")
@@ -210,13 +201,17 @@ async def test_client_that_resets_before_its_first_byte_is_logged_as_that(
     async with serve("native", handler, ssl_context=server_context()) as service:
         with service.connect() as peer:
             await settled()
-            peer.reset()
-        with anyio.fail_after(LONG):
-            while not said(caplog):
-                await anyio.sleep(0.001)
+            if how == "FIN":
+                peer.send_eof()
+                assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
+            else:
+                peer.reset()
+            with anyio.fail_after(LONG):
+                while not said(caplog):
+                    await anyio.sleep(0.001)
     (record,) = said(caplog)
     assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
-    assert "the peer reset the connection" in record.message
+    assert message in record.message
 
 
 @each_starter
