@@ -213,6 +213,11 @@ async def sees_the_end(sink: Peer, kind: str, data: bytes) -> None:
     assert seen.close is (PeerClose.RST if kind == "rst" else PeerClose.NONE)
 
 
+async def send_while_possible(source: Peer) -> None:
+    with suppress(ConnectionResetError, BrokenPipeError):
+        await source.send(MUCH)
+
+
 def done(seen: ProxyConnection) -> tuple[str | None, str | None]:
     return seen.cut, seen.cut_direction
 
@@ -227,8 +232,7 @@ async def test_cut(kind_of_cut: Kind, way: Way, after: int) -> None:
             source, sink = along(way, *pair)
 
             async def send() -> None:
-                with suppress(ConnectionResetError, BrokenPipeError):
-                    await source.send(MUCH)
+                await send_while_possible(source)
                 assert (
                     kind_of_cut == "silence"
                     or (await source.read_to_end()).close is PeerClose.RST
@@ -253,12 +257,7 @@ async def test_client_that_reads_late_gets_all_before_the_cut(
         at.proxy.cut(after=after, kind=end)
         async with at.pair(receive_buffer=4096) as (client, server):
             async with anyio.create_task_group() as tg:
-
-                async def send() -> None:
-                    with suppress(ConnectionResetError, BrokenPipeError):
-                        await server.send(MUCH)
-
-                tg.start_soon(send)
+                tg.start_soon(send_while_possible, server)
                 await anyio.sleep(SOON)
                 await sees_the_end(client, end, MUCH[:after])
 
@@ -307,12 +306,7 @@ async def test_cut_of_what_waits_for_a_client_that_does_not_read(
 ) -> None:
     async with proxied() as at, at.pair(receive_buffer=4096) as (client, server):
         async with anyio.create_task_group() as tg:
-
-            async def send() -> None:
-                with suppress(ConnectionResetError, BrokenPipeError):
-                    await server.send(MUCH)
-
-            tg.start_soon(send)
+            tg.start_soon(send_while_possible, server)
             await stuck(at.proxy)
             before = at.proxy.connections[0].down
             at.proxy.cut(after=after, kind=kind_of_cut)

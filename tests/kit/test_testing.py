@@ -73,24 +73,37 @@ def ending_of(connection: Connection) -> Ending:
 # open_pair()
 
 
-async def test_both_ends_of_a_pair_finish_at_the_same_time() -> None:
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cause", [Cause.RETURNED, Cause.FINISH_ON])
+async def test_both_ends_of_a_pair_finish_at_the_same_time(cause: Cause) -> None:
+    stop = Stop()
+    raised: list[Stop] = []
     start = anyio.current_time()
     with ExitStack() as after:
-        async with open_pair() as pair:
-            capture = after.enter_context(capturing(port_of(pair[1])))
-            await pair[0].send(b"ping")
-            assert await pair[1].receive() == b"ping"
-            await pair[1].send(b"pong")
-            assert await pair[0].receive() == b"pong"
-            await pair[0].send(b"never read")
-            await pair[1].send(b"nor this")
+        try:
+            async with open_pair(finish_on=(Stop, KeyError)) as pair:
+                capture = after.enter_context(capturing(port_of(pair[1])))
+                await pair[0].send(b"ping")
+                assert await pair[1].receive() == b"ping"
+                await pair[1].send(b"pong")
+                assert await pair[0].receive() == b"pong"
+                await pair[0].send(b"never read")
+                await pair[1].send(b"nor this")
+                if cause is Cause.FINISH_ON:
+                    raise stop
+        except Stop as exc:
+            raised.append(exc)
+    assert raised == ([stop] if cause is Cause.FINISH_ON else [])
     assert {s.direction for s in capture.having(TCPFlag.FIN)} == set(Direction)
     assert not capture.having(TCPFlag.RST)
     # Had one waited for the FIN of the other, which had yet to end, that were 5 s.
     assert anyio.current_time() - start < 4
     for connection, discarded in zip(pair, (8, 10), strict=True):
         ending = ending_of(connection)
-        assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
+        assert (ending.kind, ending.cause) == (CloseKind.FIN, cause)
         assert ending.peer is PeerClose.FIN
         assert ending.discarded == discarded
 
@@ -179,32 +192,6 @@ def test_host_that_is_no_loopback_address_is_refused(
     told = re.escape(f"such as 127.0.0.1 or ::1, not {host!r}")
     with pytest.raises(ValueError, match=told):
         opened(host=host)
-
-
-class Stop(Exception):
-    pass
-
-
-async def test_exception_of_finish_on_finishes_both_ends_of_a_pair() -> None:
-    start = anyio.current_time()
-    stop = Stop()
-    with ExitStack() as after:
-        with pytest.raises(Stop) as raised:
-            async with open_pair(finish_on=(Stop, KeyError)) as pair:
-                capture = after.enter_context(capturing(port_of(pair[1])))
-                await pair[0].send(b"never read")
-                await pair[1].send(b"nor this")
-                raise stop
-    assert raised.value is stop
-    assert {s.direction for s in capture.having(TCPFlag.FIN)} == set(Direction)
-    assert not capture.having(TCPFlag.RST)
-    # Had one waited for the FIN of the other, which had yet to end, that were 5 s.
-    assert anyio.current_time() - start < 4
-    for connection, discarded in zip(pair, (8, 10), strict=True):
-        ending = ending_of(connection)
-        assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.FINISH_ON)
-        assert ending.peer is PeerClose.FIN
-        assert ending.discarded == discarded
 
 
 @pytest.mark.parametrize("opened", [open_pair, open_peer])
