@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tarfile
 import zipfile
@@ -29,6 +31,64 @@ IN_GVISOR = [
     "tests/endings/test_drain.py",
     "tests/platforms/test_platforms.py",
 ]
+# What cannot hold over MPTCP, by what that itself loses: docs/platforms.md.
+NOT_OVER_MPTCP = {
+    "an RST is lost, or both directions stand still, at a small receive buffer": [
+        "tests/adapters/test_frameworks.py::test_slow_reader_gets_all_of_it",
+        "tests/adapters/test_trio_streams.py::test_stream_passes_the_conformance_kit",
+        "tests/adapters/test_trio_streams.py::test_tls_stream_passes_the_conformance_kit",
+        "tests/connections/test_conformance.py::test_native_connection_passes",
+        "tests/connections/test_idle.py::test_a_send_that_idle_cuts_is_torn",
+        "tests/endings/test_process_death.py::test_death_delivers_what_was_earned",
+        "tests/kit/test_rst_proxy.py::test_cut_of_what_waits_for_a_client_that_does_not",
+        "tests/kit/test_rst_proxy.py::test_reset_of_a_client_that_never_reads_comes_in",
+        "tests/kit/test_testing.py::test_closed_window_makes_a_send_wait",
+        "tests/kit/test_testing.py::test_exception_of_finish_on_behind_a_torn_send",
+        "tests/pages/test_push.py::test_client_that_takes_nothing_for_too_long",
+        "tests/pages/test_push.py::test_slow_client_is_reset",
+        "tests/platforms/test_odd_networks.py::test_an_answer_that_was_cut_short",
+    ],
+    "a socket that has been closed answers nothing by an RST": [
+        "tests/endings/test_drain.py::test_answer_would_be_lost_without_a_drain",
+        "tests/endings/test_drain.py::test_flood_ends_at_max_bytes",
+        "tests/endings/test_drain.py::test_flood_ends_at_the_timeout",
+        "tests/endings/test_drain.py::test_no_drain_closes_right_after_the_fin",
+        "tests/endings/test_drain.py::test_trickle_does_not_start_the_timeout_again",
+        "tests/platforms/test_odd_networks.py::test_a_lost_reset_is_told_again",
+    ],
+    "an RST is told behind a FIN, a moment later, and with less of the input": [
+        "tests/commands/test_probe.py::test_what_arrived_before_a_reset_that_a_send",
+        "tests/connections/test_takeover.py::test_listener_survives_many_clients_that",
+        "tests/endings/test_cancellation.py::test_half_close_and_a_last_word",
+        "tests/endings/test_interruptions.py::test_exit_that_is_interrupted_anywhere",
+        "tests/endings/test_model.py",
+        "tests/pages/test_docs.py::test_how_twisted_tells_of_a_client_s_end",
+    ],
+    "its segments are those of its subflows, whose FINs follow": [
+        "tests/commands/test_watch.py",
+        "tests/kit/test_testing.py::test_capture_has_each_segment_once",
+        "tests/pages/test_ladders.py",
+        "tests/project/test_soak.py",
+        "tests/tls/test_tls.py::test_close_notify_to_a_peer_that_has_closed_goes_out",
+    ],
+    "it lacks the option, or the address": [
+        "tests/adapters/test_lowlevel.py::test_set_keepalive",
+        "tests/adapters/test_pool.py::test_request_that_was_never_read_is_acknowledged",
+        "tests/adapters/test_pool.py::test_request_that_was_read_may_be_unacknowledged",
+        "tests/connections/test_interference.py::test_corked_answer_is_sent",
+        "tests/connections/test_interference.py::test_socket_options_cost_no_time",
+        "tests/connections/test_interference.py::test_socket_options_hide_no_reset",
+        "tests/connections/test_interference.py::test_urgent_mark_is_no_end",
+        "tests/platforms/test_odd_networks.py::test_a_fin_after_the_handshake_has_left",
+        "tests/platforms/test_odd_networks.py::test_a_fin_waits_for_the_handshake",
+        "tests/platforms/test_odd_networks.py::test_a_reset_in_the_handshake",
+        "tests/platforms/test_odd_networks.py::test_a_return_in_the_handshake",
+        "tests/platforms/test_odd_networks.py::test_link_local_addresses",
+        "tests/platforms/test_platforms.py::test_kernel_is_asked_once_whether_it_passes",
+        "tests/server/test_keepalive.py",
+    ],
+    "it compares MPTCP with TCP by itself": ["tests/platforms/test_mptcp.py"],
+}
 # The oldest that the dependencies of pyproject.toml admit.
 OLDEST = [
     "anyio==4.16.0",
@@ -100,24 +160,50 @@ def sandbox(session: nox.Session) -> None:
 
 def sandbox_command(session: nox.Session) -> list[str]:
     """What runs a command in gVisor, and ends it at last."""
-    reason = "there is no runsc, and only root can install it by apt-get"
-    if shutil.which("runsc") is None and shutil.which("apt-get") and os.getuid() == 0:
-        install = ["install", "-qy", "--no-install-recommends", "runsc"]
+    need_program(session, "runsc")
+    for platform in ("systrap", "ptrace"):  # of new ones, and of all
+        runsc = ["timeout", "--kill-after=10", "900", "runsc", "--rootless"]
+        runsc += ["--network=none", "--ignore-cgroups", f"--platform={platform}"]
+        tried = subprocess.run([*runsc, "do", "true"], capture_output=True, check=False)
+        if tried.returncode == 0:
+            return [*runsc, "do", "-quiet"]
+    last_words = tried.stderr.decode().splitlines()[-1:]
+    raise cannot_run(session, f"runsc does not run: {last_words}")
+
+
+@nox.session
+def mptcp(session: nox.Session) -> None:
+    """Run the demo and the test suite over MPTCP; exit status 77: it cannot run."""
+    need_program(session, "mptcpize")
+    try:
+        socket.socket(proto=262).close()  # socket.IPPROTO_MPTCP
+    except OSError as exc:
+        raise cannot_run(session, f"this kernel has no MPTCP ({exc})") from exc
+    session.install("-e", ".", *group("test"))
+    python = ["mptcpize", "run", "python", "-m"]
+    # 3: it has found what MPTCP loses at a small receive buffer.
+    session.run(*python, "anyio_rst", "demo", external=True, success_codes=[0, 3])
+    without: list[str] = []
+    for name in itertools.chain.from_iterable(NOT_OVER_MPTCP.values()):
+        without += ["--deselect" if "::" in name else "--ignore", name]
+    session.run(*python, "pytest", "-n", "4", *without, *session.posargs, external=True)
+
+
+def need_program(session: nox.Session, name: str) -> None:
+    """Install the Debian package of that name if the program is missing."""
+    if shutil.which(name) is None and shutil.which("apt-get") and os.getuid() == 0:
+        install = ["install", "-qy", "--no-install-recommends", name]
         for command in (["update", "-q"], install):
             session.run("apt-get", *command, external=True, success_codes=range(256))
-        reason = "apt-get has no runsc"
-    if shutil.which("runsc") is not None:
-        for platform in ("systrap", "ptrace"):  # of new ones, and of all
-            runsc = ["timeout", "--kill-after=10", "900", "runsc", "--rootless"]
-            runsc += ["--network=none", "--ignore-cgroups", f"--platform={platform}"]
-            tried = subprocess.run(
-                [*runsc, "do", "true"], capture_output=True, check=False
-            )
-            if tried.returncode == 0:
-                return [*runsc, "do", "-quiet"]
-        reason = f"runsc does not run: {tried.stderr.decode().splitlines()[-1:]}"
+    if shutil.which(name) is None:
+        raise cannot_run(
+            session, f"there is no {name}, and apt-get, as root, has not installed it"
+        )
+
+
+def cannot_run(session: nox.Session, reason: str) -> SystemExit:
     session.warn(f"SKIPPED, nothing was tested: {reason}")
-    raise SystemExit(77)  # as of automake; nox would say 0
+    return SystemExit(77)  # as of automake; nox would say 0
 
 
 @nox.session

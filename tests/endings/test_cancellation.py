@@ -132,7 +132,10 @@ class Witness:
     async def say(self, data: bytes) -> None:
         await settled()
         if not self.look():
-            await self._peer.send(data)
+            try:
+                await self._peer.send(data)
+            except (BrokenPipeError, ConnectionResetError):
+                self.reset = True  # MPTCP's arrives a moment later
 
     async def listen(self) -> None:
         """Read to the end."""

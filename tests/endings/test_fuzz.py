@@ -11,6 +11,7 @@ more, other ones each time.
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import os
 import runpy
@@ -286,10 +287,13 @@ class Other:
         try:
             while chunk := self._receive(deadline):
                 data += chunk
-        except ConnectionResetError:
-            close = PeerClose.RST
         except TimeoutError:
             close = PeerClose.NONE
+        except OSError as exc:
+            # ENOTCONN: what MPTCP that fell back says next.
+            if exc.errno != errno.ECONNRESET and not self._was_reset:
+                raise
+            close = PeerClose.RST
         self.seen = Seen(bytes(data), PeerClose.RST if self._was_reset else close)
 
     def _receive(self, deadline: float) -> bytes:
