@@ -30,7 +30,7 @@ COMPARED = IN_TURN | UNTIL_RESET
 PAIRS = (
     ("`serve_tcp` and AnyIO's own listener", "anyio_rst", "anyio"),
     ("A scope around AnyIO's stream, and the plain stream", "scope", "anyio"),
-    ("A scope, and what it does written by hand", "scope", "by_hand"),
+    ("A scope, and the same rules by hand", "scope", "by_hand"),
     ("asyncio's streams, and the same with a scope", "asyncio_streams", "asyncio_scoped"),
 )
 
@@ -152,7 +152,7 @@ def endings(results: Results) -> str:
     seen = f"The clients saw {total:,} connections end"
     wrong = results.wrong()
     if not wrong:
-        return f"{seen}, every one as it should, and no wrong byte."
+        return f"{seen}, each one as it should, and no wrong byte."
     lines = [f"- {title(m.row)}, {m.workload}: {m.endings}" for m in wrong]
     return "\n".join([f"{seen}, all as they should but for these:", "", *lines])
 
@@ -170,7 +170,7 @@ def tables(results: Results) -> str:
         if found := pairs(results, one, other):
             parts += [f"### {heading}", *found]
     if results.rows(COMPARED):
-        parts += ["### Everybody", everybody(results), rules(results)]
+        parts += ["### All servers", everybody(results), rules(results)]
     if results.rows(FLATNESS):
         parts += ["### With more connections open", flatness(results)]
     return "\n\n".join(parts)

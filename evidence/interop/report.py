@@ -73,7 +73,7 @@ def in_words(results: Results, answer: str, scheme: str = "http") -> str:
     """The same in a sentence, if that is enough."""
     found = list(results.find(answer, scheme).values())
     if all(cell.noticed is False for cell in found):
-        return "No client noticed, whatever was between."
+        return "No client noticed, with or without a proxy."
     return noticed(results, answer, scheme)
 
 
@@ -109,7 +109,7 @@ def wrong(results: Results) -> str:
     total = sum(len(cell.told) for cell in whole)
     bad = [cell for cell in whole if not cell.is_right]
     if not bad:
-        return f"All {total} whole answers arrived whole, and nobody complained."
+        return f"All {total} complete answers arrived, and no client reported an error."
     lines = [
         f"- {ROUTES[cell.route].title}, {code(cell.client)}, "
         f"{ANSWERS[cell.answer].title}: {in_full(cell.told, cell.there_was)}"
@@ -175,7 +175,7 @@ def tables(results: Results) -> str:
         "## TLS, through proxies that do not look into it",
         "The origin fails half way, and resets:",
         noticed(results, HALF_RST, "https"),
-        "It fails half way, and AnyIO's TLS sends a close_notify and FIN all the same:",
+        "It fails half way, and AnyIO's TLS still sends a close_notify and FIN:",
         in_words(results, HALF_FIN, "https"),
         "## The client ends first",
         upstream(results),
@@ -227,19 +227,19 @@ def cut_words(found: Cuts) -> str:
 def cut_tables(found: Cuts) -> str:
     whole = [cell for cell in found.cells if cell.end == "whole"]
     wrong = [f"`{cell.client}`" for cell in whole if not cell.is_right]
-    but = f", but for those of {', '.join(dict.fromkeys(wrong))}" if wrong else ""
+    but = f", except those of {', '.join(dict.fromkeys(wrong))}" if wrong else ""
     left_out = [f"`{name}` ({reason})" for name, reason in found.left_out.items()]
     parts = [
         measured(found.about),
-        f"All answers that were not cut arrived whole{but}.",
-        f"Left out: {', '.join(left_out)}." if left_out else "None was left out.",
+        f"All answers that were not cut arrived complete{but}.",
+        f"Left out: {', '.join(left_out)}." if left_out else "No client was left out.",
         "### Cut by a FIN",
         over_http(found, "fin"),
         "### Cut by an RST",
         over_http(found, "rst"),
         "### Other protocols",
         by_other_protocols(found),
-        "### What they said of it",
+        "### What the clients reported",
         cut_words(found),
     ]
     return "\n\n".join(parts)
