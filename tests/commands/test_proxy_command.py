@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_commands import refusal
 from test_model import PROFILE
-from test_readme import WORKER, connect, running
+from test_readme import connect, free_port, running
 from test_rst_proxy import BODY, HEADS, curl, http_server, read_exactly
 
 from anyio_rst import PeerClose, __main__
@@ -405,14 +405,6 @@ def test_table_of_keys_is_that_of_the_code() -> None:
     assert re.findall(r"`(\w+)`", summary) == totals
 
 
-def port_of_four_digits() -> int:
-    """As long as that on the page: it is a part of curl's request."""
-    for port in range(9000 + 50 * WORKER, 9050 + 50 * WORKER):
-        with suppress(OSError), socket.create_server(("", port)):
-            return port
-    raise AssertionError("all taken")
-
-
 def sessions() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """What the proxy is started as, what it prints, and what its clients do and print."""
     blocks = re.findall(r"```console\n\$ (.*?)```", DOCS, re.DOTALL)
@@ -427,7 +419,7 @@ def sessions() -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
 def test_documented_output_is_what_is_printed(
     start: str, told: str, steps: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    port = port_of_four_digits()
+    port = free_port()
     with running(DOWNLOAD) as (origin, server):
         connect(origin, server).close()
 

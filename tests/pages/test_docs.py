@@ -190,7 +190,7 @@ def run_tests(directory: Path) -> str:
         env={**os.environ, "PYTEST_ADDOPTS": alone, "COLUMNS": "80"},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=LONG,
+        timeout=5 * LONG,  # ten tests
     )
     return re.sub(r"in [\d.]+s", "in N s", tests.stdout)
 

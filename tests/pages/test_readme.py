@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -29,10 +28,19 @@ GREETING, SCOPE, SERVER, CLIENT = BLOCKS
 GRACEFUL = (ROOT / "examples" / "graceful.py").read_text()
 
 
-# Below those that the kernel gives to whoever asks for any (ip_local_port_range), and for
-# each worker of the tests others.
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = cycle(range(10000 + 2000 * WORKER, 12000 + 2000 * WORKER))
+def reserved() -> tuple[socket.socket, Iterator[int]]:
+    """Ports for this process alone, as long as the socket on the first of them is open.
+
+    Others run these tests as well. The kernel gives none of them to whoever asks for any:
+    ip_local_port_range of ip(7).
+    """
+    for first in range(5000, 10000, 50):  # of four digits, as those on the pages
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", first)), cycle(range(first + 1, first + 50))
+    raise AssertionError("all ports are reserved")
+
+
+RESERVATION, PORTS = reserved()
 
 
 def free_port() -> int:
