@@ -1,4 +1,5 @@
 """One module for each library, which imports no other: what is imported costs memory.
+Each is written as its users would write it, so what they do alike stands in each.
 
 The workloads are what a handler does:
 
