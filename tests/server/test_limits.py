@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from ipaddress import ip_address, ip_network
 from types import SimpleNamespace
 from typing import Any
@@ -57,15 +58,9 @@ class Limited:
         self._receive.close()
 
 
-@pytest.fixture
-def quiet(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.DEBUG, "anyio_rst")
-    return caplog
-
-
 @asynccontextmanager
-async def limited(
-    quiet: pytest.LogCaptureFixture, **options: Any
+async def serving_quietly(
+    caplog: pytest.LogCaptureFixture, **options: Any
 ) -> AsyncIterator[Limited]:
     # Listening already, so that it is known before there is a connection.
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -84,15 +79,35 @@ async def limited(
             **options,
         )
 
+    caplog.set_level(logging.DEBUG, "anyio_rst")
     try:
         async with anyio.create_task_group() as tg:
             await tg.start(serve)
-            quiet.clear()  # that it listens
+            caplog.clear()  # that it listens
             yield it
             tg.cancel_scope.cancel()
     finally:
         it.close()
-    assert {record.levelno for record in quiet.records} <= {logging.DEBUG}
+    assert {record.levelno for record in caplog.records} <= {logging.DEBUG}
+
+
+LimitedTo = Callable[..., AbstractAsyncContextManager[Limited]]
+
+
+@pytest.fixture
+def limited(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> LimitedTo:
+    """A server with the limits of the example, but for those given."""
+
+    def serve(
+        *, ssl_context: ssl.SSLContext | None = None, **constants: object
+    ) -> AbstractAsyncContextManager[Limited]:
+        for name, value in constants.items():
+            monkeypatch.setattr(limits, name, value)
+        return serving_quietly(caplog, ssl_context=ssl_context)
+
+    return serve
 
 
 def refused(port: int) -> bool:
@@ -120,12 +135,9 @@ async def has_finished(peer: Peer) -> None:
 
 
 async def test_one_too_many_is_reset_and_the_others_are_served(
-    anyio_backend: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    quiet: pytest.LogCaptureFixture,
+    limited: LimitedTo,
 ) -> None:
-    monkeypatch.setattr(limits, "MAX_PER_SOURCE", 2)
-    async with limited(quiet) as server:
+    async with limited(MAX_PER_SOURCE=2) as server:
         with Peer(server.port) as first, Peer(server.port) as second:
             await is_served(first)
             await is_served(second)
@@ -143,13 +155,8 @@ async def test_one_too_many_is_reset_and_the_others_are_served(
     assert not server.limits._open
 
 
-async def test_one_too_many_is_reset_before_its_tls_handshake(
-    anyio_backend: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    quiet: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(limits, "MAX_PER_SOURCE", 1)
-    async with limited(quiet, ssl_context=server_context()) as server:
+async def test_one_too_many_is_reset_before_its_tls_handshake(limited: LimitedTo) -> None:
+    async with limited(MAX_PER_SOURCE=1, ssl_context=server_context()) as server:
         with Peer(server.port) as first:
             secure = await shake_hands(first)
             await is_refused(server)  # without a word
@@ -158,12 +165,9 @@ async def test_one_too_many_is_reset_before_its_tls_handshake(
 
 
 async def test_other_sources_are_served(
-    anyio_backend: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    quiet: pytest.LogCaptureFixture,
+    limited: LimitedTo,
 ) -> None:
-    monkeypatch.setattr(limits, "MAX_PER_SOURCE", 1)
-    async with limited(quiet) as server:
+    async with limited(MAX_PER_SOURCE=1) as server:
         with Peer(server.port) as first:
             await is_served(first)
             await is_refused(server)
@@ -189,13 +193,8 @@ def test_source(address: str | None, source: object) -> None:
     assert limits.source_of(conn) == source
 
 
-async def test_silence_is_ended_with_fin(
-    anyio_backend: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    quiet: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(limits, "IDLE", 0.2)
-    async with limited(quiet) as server:
+async def test_silence_is_ended_with_fin(limited: LimitedTo) -> None:
+    async with limited(IDLE=0.2) as server:
         with Peer(server.port) as silent, Peer(server.port) as talking:
             await is_served(talking)
             await is_served(talking)
@@ -205,26 +204,16 @@ async def test_silence_is_ended_with_fin(
             await server.ended(CloseKind.FIN, Cause.RETURNED)
 
 
-async def test_time_is_up_between_requests_with_fin(
-    anyio_backend: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    quiet: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(limits, "TOTAL", 0.3)
-    async with limited(quiet) as server:
+async def test_time_is_up_between_requests_with_fin(limited: LimitedTo) -> None:
+    async with limited(TOTAL=0.3) as server:
         with Peer(server.port) as peer:
             await is_served(peer)
             assert await peer.read_to_end() == Seen(b"", PeerClose.FIN)
         await server.ended(CloseKind.FIN, Cause.RETURNED)
 
 
-async def test_time_is_up_in_the_middle_of_an_answer_with_rst(
-    anyio_backend: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    quiet: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(limits, "TOTAL", 0.3)
-    async with limited(quiet) as server:
+async def test_time_is_up_in_the_middle_of_an_answer_with_rst(limited: LimitedTo) -> None:
+    async with limited(TOTAL=0.3) as server:
         with Peer(server.port, buffer=4096) as peer:
             with pytest.raises((ConnectionResetError, BrokenPipeError)):
                 await peer.send(bytes(100_000_000))  # and takes nothing
@@ -235,14 +224,9 @@ async def test_time_is_up_in_the_middle_of_an_answer_with_rst(
     "drain", [Drain(timeout=0.2), Drain(timeout=60.0, total=0.2)], ids=["stuck", "total"]
 )
 async def test_answer_that_is_not_taken_is_left_to_the_kernel(
-    anyio_backend: Any,
-    drain: Drain,
-    monkeypatch: pytest.MonkeyPatch,
-    quiet: pytest.LogCaptureFixture,
+    limited: LimitedTo, drain: Drain
 ) -> None:
-    monkeypatch.setattr(limits, "IDLE", 0.2)
-    monkeypatch.setattr(limits, "DRAIN", drain)
-    async with limited(quiet) as server:
+    async with limited(IDLE=0.2, DRAIN=drain) as server:
         with Peer(server.port, buffer=4096) as peer:
             await peer.send(bytes(100_000))
             await server.ended(CloseKind.FIN, Cause.RETURNED)
