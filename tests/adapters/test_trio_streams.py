@@ -206,6 +206,10 @@ async def serving(
             nursery.cancel_scope.cancel()
 
 
+def below(peer: Peer | TLSPeer) -> Peer:
+    return peer if isinstance(peer, Peer) else peer.raw
+
+
 async def end_seen(peer: Peer | TLSPeer) -> tuple[bytes, str]:
     """What a peer received, and what ended it; a FIN over TLS has its close_notify."""
     if isinstance(peer, Peer):
@@ -248,13 +252,8 @@ async def test_handler_that_returns_finishes(secure: bool) -> None:
     async with serving(handler, secure=secure) as service:
         async with service.connect() as peer:
             await peer.send(b"u" * 100_000)  # of which the handler reads one byte
-            if isinstance(peer, TLSPeer):
-                data, end = await peer.end()
-                assert (data, end) == (b"answer", CLEAN)
-                peer.raw.sock.close()
-            else:
-                assert await peer.read_to_end() == Seen(b"answer", PeerClose.FIN)
-                peer.send_eof()
+            assert await end_seen(peer) == (b"answer", "FIN")
+            below(peer).send_eof()
             ending = await service.ending()
         assert_ended(ending, CloseKind.FIN, Cause.RETURNED)
         assert ending.discarded > 0
@@ -359,10 +358,7 @@ async def test_aclose_after_a_failure_that_is_answered_finishes(secure: bool) ->
     async with serving(handler, secure=secure) as service:
         async with service.connect() as peer:
             assert await end_seen(peer) == (b"bad request", "FIN")
-            if isinstance(peer, TLSPeer):
-                peer.raw.sock.close()
-            else:
-                peer.sock.close()
+            below(peer).sock.close()
             assert_ended(await service.ending(), CloseKind.FIN, Cause.RETURNED)
 
 
@@ -440,10 +436,7 @@ async def test_aclose_of_a_cancelled_handler(secure: bool, shield: bool) -> None
             assert await peer.receive(4) == b"half"
             service.handlers.cancel()
             assert await end_seen(peer) == (b"", "FIN" if shield else "RST")
-            if isinstance(peer, TLSPeer):
-                peer.raw.sock.close()
-            else:
-                peer.sock.close()
+            below(peer).sock.close()
             ending = await service.ending()
         if shield:
             assert_ended(ending, CloseKind.FIN, Cause.CLOSED)
@@ -475,7 +468,7 @@ async def test_errors_are_those_of_trio(secure: bool) -> None:
     async with serving(handler, secure=secure) as service:
         async with service.connect() as peer:
             assert await peer.receive(3) == b"now"
-            (peer if isinstance(peer, Peer) else peer.raw).reset()
+            below(peer).reset()
             await service.over.wait()
     assert service.raised is None
     busy, reset, again, closed = seen
