@@ -418,6 +418,11 @@ async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:
     return await anyio.abc.SocketStream.from_socket(sock), peer
 
 
+async def echo(conn: Connection) -> None:
+    async for chunk in conn:
+        await conn.send(chunk)
+
+
 def value_of(ending: Ending) -> object:
     assert isinstance(ending.outcome, outcome.Value)
     return ending.outcome.value

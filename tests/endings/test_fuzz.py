@@ -56,7 +56,7 @@ from anyio_rst.commands import _demo_cases, _demo_clients, _demo_servers
 from anyio_rst.commands._demo_processes import NotMeasured
 
 import download
-from serving import LONG, Handler, Seen
+from serving import LONG, Handler, Seen, echo
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -404,11 +404,6 @@ async def attack(served: Served, inputs: Sequence[Input]) -> list[Other]:
     return others
 
 
-async def echo(conn: Connection) -> None:
-    async for chunk in conn:
-        await conn.send(chunk)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def failures_are_not_logged() -> Iterator[None]:
     logger = logging.getLogger("anyio_rst")
@@ -611,10 +606,6 @@ def example(
 
 async def to_an_echo(proxy: Any, conn: Connection) -> None:
     """A proxy in front of a server of its own."""
-
-    async def echo(conn: Connection) -> None:
-        async for chunk in conn:
-            await conn.send(chunk)
 
     async with anyio.create_task_group() as tg:
         server = await tg.start(partial(serve_tcp, echo, host=LOOPBACK))

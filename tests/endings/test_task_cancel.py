@@ -23,7 +23,7 @@ from conftest import ASYNCIO
 from anyio_rst import Cause, CloseKind, Connection, PeerClose, Server, serve_tcp
 
 from securing import server_context, shake_hands
-from serving import LONG, Peer, Seen, said, settled
+from serving import LONG, Peer, Seen, echo, ending_with, said, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -78,11 +78,6 @@ async def serving(
         server.stop()
 
 
-async def echo(conn: Connection) -> None:
-    async for chunk in conn:
-        await conn.send(chunk)
-
-
 async def echoes(server: Server) -> None:
     """It serves."""
     handlers_to_come.append(echo)
@@ -99,6 +94,12 @@ handlers_to_come: list[Callable[[Connection], Awaitable[object]]] = []
 
 async def dispatch(conn: Connection) -> object:
     return await handlers_to_come.pop(0)(conn)
+
+
+def own_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 @contextmanager
@@ -135,10 +136,8 @@ async def test_cancelled_before_its_first_step(
                 conn = await ended.next()
             (task,) = created
             assert task.cancelled()
-            assert conn.ending is not None
-            assert conn.ending.kind is CloseKind.RST
-            assert conn.ending.cause is Cause.CANCELLED
-            assert isinstance(conn.ending.outcome, outcome.Error)
+            ending = ending_with(CloseKind.RST, conn, Cause.CANCELLED)
+            assert isinstance(ending.outcome, outcome.Error)
             assert conn not in server.connections
             await bystander.send(b"after")
             assert await bystander.receive(5) == b"after"
@@ -171,8 +170,7 @@ async def in_a_thread(function: Any, *args: Any) -> Any:
 async def test_cancelled_in_its_body(whose: str, by: str) -> None:
     async def handler(conn: Connection) -> None:
         await conn.send(b"half")
-        task = asyncio.current_task()
-        assert task is not None
+        task = own_task()
         if by == "itself":
             task.cancel()
         else:
@@ -191,8 +189,7 @@ async def test_cancelled_in_its_body(whose: str, by: str) -> None:
                 tasks.pop().cancel()
             assert await peer.read_to_end() == Seen(b"half", PeerClose.RST)
         conn = await ended.next()
-        assert conn.ending is not None
-        assert conn.ending.cause is Cause.CANCELLED
+        ending_with(CloseKind.RST, conn, Cause.CANCELLED)
         await echoes(server)
 
 
@@ -204,8 +201,7 @@ async def test_cancelled_in_its_last_step(whose: str, leave: str) -> None:
 
     async def handler(conn: Connection) -> None:
         await conn.send(b"all")
-        task = asyncio.current_task()
-        assert task is not None
+        task = own_task()
         tasks.append(task)
         task.cancel()
         if leave == "raise":
@@ -218,9 +214,8 @@ async def test_cancelled_in_its_last_step(whose: str, leave: str) -> None:
             kind = PeerClose.FIN if leave == "return" else PeerClose.RST
             assert await peer.read_to_end() == Seen(b"all", kind)
         conn = await ended.next()
-        assert conn.ending is not None
         cause = Cause.RETURNED if leave == "return" else Cause.RAISED
-        assert conn.ending.cause is cause
+        ending_with(CloseKind(kind.value), conn, cause)
         await settled()
         assert tasks[0].cancelled()
         await echoes(server)
@@ -231,9 +226,7 @@ async def test_cancelled_in_its_last_step(whose: str, leave: str) -> None:
 async def test_cancelled_in_its_drain(whose: str) -> None:
     async def handler(conn: Connection) -> None:
         await conn.send(b"whole")
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.append(task)
+        tasks.append(own_task())
 
     tasks: list[asyncio.Task[Any]] = []
     async with serving(dispatch, whose) as (server, ended):
@@ -243,9 +236,7 @@ async def test_cancelled_in_its_drain(whose: str) -> None:
             assert len(server.connections) == 1  # it drains
             tasks.pop().cancel()
             conn = await ended.next()
-        assert conn.ending is not None
-        assert conn.ending.kind is CloseKind.FIN
-        assert conn.ending.cause is Cause.RETURNED
+        ending_with(CloseKind.FIN, conn, Cause.RETURNED)
         await echoes(server)
 
 
@@ -262,8 +253,7 @@ async def test_cancelled_in_its_handshake(whose: str) -> None:
             task.cancel()
             assert await peer.read_to_end() == Seen(b"", PeerClose.RST)
         conn = await ended.next()
-        assert conn.ending is not None
-        assert conn.ending.cause is Cause.CANCELLED
+        ending_with(CloseKind.RST, conn, Cause.CANCELLED)
         with Peer(server.port) as peer:
             secure = await shake_hands(peer)
             await secure.send(b"hello")
@@ -293,8 +283,7 @@ async def test_cancelled_scope_around_a_task_that_has_not_begun(
         outer.cancel_scope.cancel()
     assert not server.connections
     (conn,) = ended.connections
-    assert conn.ending is not None
-    assert conn.ending.cause is Cause.CANCELLED
+    ending_with(CloseKind.RST, conn, Cause.CANCELLED)
     assert server.statistics().endings_by_cause[Cause.CANCELLED] == 1
 
 
@@ -320,5 +309,4 @@ async def test_close_in_a_scope_that_the_handler_cancelled_is_a_reset(
             with anyio.CancelScope(shield=True), Peer(server.port) as peer:
                 assert await peer.read_to_end() == Seen(b"half", PeerClose.RST)
     (conn,) = ended.connections
-    assert conn.ending is not None
-    assert conn.ending.cause is Cause.CANCELLED
+    ending_with(CloseKind.RST, conn, Cause.CANCELLED)

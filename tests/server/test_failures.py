@@ -20,7 +20,7 @@ from conftest import collect
 from anyio_rst import Connection, Ending, Server, connection_scope, serve_tcp
 
 from securing import TLSPeer, server_context, shake_hands
-from serving import LONG, Handler, Peer, arrived, error_of
+from serving import LONG, Handler, Peer, arrived, echo, error_of
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -214,11 +214,6 @@ async def handshake_with_garbage(service: Serving) -> None:
     with service.connect() as peer:
         await peer.send(b"GET / HTTP/1.0\r\n\r\n" * 10)
         await arrived(peer)
-
-
-async def echo(conn: Connection) -> None:
-    async for data in conn:
-        await conn.send(data)
 
 
 @pytest.mark.parametrize(

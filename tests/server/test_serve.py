@@ -42,7 +42,7 @@ from anyio_rst import (
     serve_tcp,
 )
 
-from serving import LONG, Peer, Seen, said
+from serving import LONG, Peer, Seen, echo, said
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup, ExceptionGroup
@@ -60,11 +60,6 @@ async def serving(handler: Any, **options: Any) -> AsyncIterator[Server]:
         options.setdefault("host", "127.0.0.1")
         yield await tg.start(partial(serve_tcp, handler, **options))
         tg.cancel_scope.cancel()
-
-
-async def echo(conn: Connection) -> None:
-    async for chunk in conn:
-        await conn.send(chunk)
 
 
 async def fail(conn: Connection) -> None:

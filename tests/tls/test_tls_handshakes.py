@@ -36,6 +36,7 @@ from serving import (
     accepted,
     assert_reset,
     connection_of,
+    echo,
     said,
     serve,
     settled,
@@ -386,10 +387,6 @@ async def send_garbage(peer: Peer) -> None:
 async def test_handshake_that_fails_costs_one_connection_and_one_line(
     fail: Callable[[Peer], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def handler(conn: Connection) -> None:
-        async for chunk in conn:
-            await conn.send(chunk)
-
     caplog.set_level(logging.DEBUG, "anyio_rst")
     endings: list[Any] = []
     ended = anyio.Event()
@@ -403,7 +400,7 @@ async def test_handshake_that_fails_costs_one_connection_and_one_line(
         server = await tg.start(
             partial(
                 serve_tcp,
-                handler,
+                echo,
                 host="127.0.0.1",
                 ssl_context=server_context(),
                 handshake_timeout=0.2 if fail is say_nothing else LONG,
