@@ -412,10 +412,7 @@ async def timeout_once_settled() -> AsyncIterator[anyio.CancelScope]:
 
 async def foreign_pair() -> tuple[anyio.abc.SocketStream, Peer]:
     """AnyIO's own stream, and the plain socket at its other end."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        peer = Peer(listener.getsockname()[1])
-        sock, _ = listener.accept()
-    return await anyio.abc.SocketStream.from_socket(sock), peer
+    return await stream_and_peer("anyio")
 
 
 async def echo(conn: Connection) -> None:

@@ -40,6 +40,7 @@ from serving import (
     said,
     serve,
     settled,
+    stream_and_peer,
     timeout_once_settled,
     value_of,
 )
@@ -256,10 +257,7 @@ async def test_server_that_goes_away_without_a_handshake_is_a_loss(
 
 async def unshaken(*, server_side: bool) -> tuple[trio.SSLStream[Any], Peer]:
     """A session on Trio that has not done its handshake, and its peer."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        peer = Peer(listener.getsockname()[1])
-        sock, _ = listener.accept()
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    stream, peer = await stream_and_peer("trio")
     context = server_context() if server_side else client_context()
     name = None if server_side else "localhost"
     return (
