@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import ssl
@@ -50,6 +51,7 @@ from serving import (
     Seen,
     accepted,
     arrived,
+    block_until_arrived,
     fill_buffers,
     receive_all,
     timeout_once_settled,
@@ -701,6 +703,41 @@ async def test_epipe_is_the_reset_that_it_is(client: int) -> None:
     # A reader of TCP is not told of an RST behind a FIN.
     assert seen.data == b"data"
     assert seen.close is (PeerClose.RST if client else PeerClose.FIN)
+
+
+async def test_a_reset_that_a_send_was_told_of_stays_one(client: int) -> None:
+    """Also where the next read says ENOTCONN, as of one that has fallen back."""
+    with listening(0 if client else IPPROTO_MPTCP) as listener:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP)
+        sock.connect(listener.getsockname())
+        peer = testing.Peer(sock)
+        with accepted(listener) as other:
+            other.reset()
+        with anyio.fail_after(LONG), pytest.raises(ConnectionResetError):
+            while True:
+                await peer.send(b"too late")
+        seen = await peer.read_to_end()
+        peer.close()
+    assert (seen.data, seen.close) == (b"", PeerClose.RST)
+
+
+def test_a_reset_throws_away_some_of_what_has_arrived(client: int) -> None:
+    """Between plain sockets: a loss that is MPTCP's own."""
+    size = 100_000
+    with listening() as listener:
+        with Peer(listener.getsockname()[1], protocol=client) as peer:
+            with accepted(listener) as other:
+                other.sock.sendall(bytes(size))
+                block_until_arrived(other.sock)
+                other.reset()
+            poll = select.poll()
+            poll.register(peer.sock, 0)
+            assert poll.poll(LONG * 1000)
+            received = 0
+            with pytest.raises(ConnectionResetError):
+                while chunk := peer.sock.recv(size):
+                    received += len(chunk)
+    assert received < size if client else received == size
 
 
 MPTCPIZE = Path("/usr/bin/mptcpize")
