@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import socket
 import ssl
@@ -51,7 +50,6 @@ from serving import (
     Seen,
     accepted,
     arrived,
-    block_until_arrived,
     fill_buffers,
     receive_all,
     timeout_once_settled,
@@ -719,25 +717,6 @@ async def test_a_reset_that_a_send_was_told_of_stays_one(client: int) -> None:
         seen = await peer.read_to_end()
         peer.close()
     assert (seen.data, seen.close) == (b"", PeerClose.RST)
-
-
-def test_a_reset_throws_away_some_of_what_has_arrived(client: int) -> None:
-    """Between plain sockets: a loss that is MPTCP's own."""
-    size = 100_000
-    with listening() as listener:
-        with Peer(listener.getsockname()[1], protocol=client) as peer:
-            with accepted(listener) as other:
-                other.sock.sendall(bytes(size))
-                block_until_arrived(other.sock)
-                other.reset()
-            poll = select.poll()
-            poll.register(peer.sock, 0)
-            assert poll.poll(LONG * 1000)
-            received = 0
-            with pytest.raises(ConnectionResetError):
-                while chunk := peer.sock.recv(size):
-                    received += len(chunk)
-    assert received < size if client else received == size
 
 
 MPTCPIZE = Path("/usr/bin/mptcpize")
