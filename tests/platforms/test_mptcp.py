@@ -703,6 +703,25 @@ async def test_epipe_is_the_reset_that_it_is(client: int) -> None:
     assert seen.close is (PeerClose.RST if client else PeerClose.FIN)
 
 
+async def test_a_reset_between_two_questions_is_told(
+    client: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no error, and then no peer, has been reset since."""
+    with listening() as listener:
+        plain = Peer(listener.getsockname()[1], protocol=client)
+        with accepted(listener) as other, plain:
+            other.reset()
+            with anyio.fail_after(LONG), suppress(OSError):  # ENOTCONN: it has come
+                while plain.sock.getpeername():
+                    await anyio.sleep(0.001)
+            kernels = _sockets.pending_error
+            answers = iter([lambda sock: None, kernels])
+            monkeypatch.setattr(_tcp_info, "pending_error", lambda s: next(answers)(s))
+            loss = _tcp_info.loss(plain.sock)
+    assert loss is not None
+    assert loss.errno == errno.ECONNRESET
+
+
 async def test_a_reset_that_a_send_was_told_of_stays_one(client: int) -> None:
     """Also where the next read says ENOTCONN, as of one that has fallen back."""
     with listening(0 if client else IPPROTO_MPTCP) as listener:
