@@ -19,6 +19,7 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from anyio.streams.tls import TLSAttribute
 
 from ._ending import TLSSession
+from ._io import bytes_in
 from ._origin import RECEIVE_SIZE
 from ._peer import ConnectionLost, PeerClose
 from ._takeover import trio_class
@@ -197,7 +198,7 @@ class SecureStream:
         self._sending = True
         try:
             engine = cast("Engine", self._engine)
-            view = memoryview(item).cast("B")
+            view = bytes_in(item)
             try:
                 await checkpoint_if_cancelled()
                 self._refuse()

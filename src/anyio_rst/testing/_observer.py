@@ -22,6 +22,7 @@ from anyio import (
 from anyio.lowlevel import checkpoint
 
 from anyio_rst import _sockets
+from anyio_rst._io import bytes_in
 from anyio_rst._origin import RECEIVE_SIZE
 from anyio_rst._peer import PeerClose
 
@@ -87,7 +88,7 @@ class Peer:
         """
         await checkpoint()
         with self._sending:
-            view = memoryview(data).cast("B")
+            view = bytes_in(data)
             while view:
                 self._refuse_if_closed()
                 try:
