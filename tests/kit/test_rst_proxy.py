@@ -37,6 +37,7 @@ from anyio_rst.testing import (
     open_proxy,
 )
 from anyio_rst.testing._close_notify import CloseNotify
+from anyio_rst.testing._relay import Relay
 
 from securing import VERSIONS, client_context, server_context
 from serving import LONG
@@ -764,6 +765,29 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
     while len(data) < size:
         data += sock.recv(size - len(data))
     return data
+
+
+def test_in_a_thread_nobody_looks_between_a_send_and_its_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = []
+
+    def report(relay: Relay) -> ProxyConnection:
+        threads.append(threading.get_ident())
+        return original(relay)
+
+    original = Relay.report
+    monkeypatch.setattr(Relay, "report", report)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with open_proxy(listener.getsockname()[1]) as proxy:
+            with socket.create_connection(("127.0.0.1", proxy.port), LONG) as client:
+                with listener.accept()[0] as server:
+                    server.sendall(b"answer")
+                    assert read_exactly(client, 6) == b"answer"
+                    (seen,) = proxy.connections
+    assert seen.down == 6
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def test_exception_of_the_thread_s_block_leaves_it_as_it_is() -> None:

@@ -96,7 +96,13 @@ class Proxy:
 
         Readable after the block, too, when all have ended.
         """
-        return tuple(relay.report() for relay in list(self._relays or self._open))
+        reports: list[ProxyConnection] = []
+
+        def report() -> None:
+            reports.extend(relay.report() for relay in self._relays or self._open)
+
+        self._call(report)  # between two steps: what a client has got is counted
+        return tuple(reports)
 
     def cut(
         self,
