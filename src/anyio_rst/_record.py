@@ -60,7 +60,10 @@ class Record:
     def _send_fin(self) -> None:
         self._has_tried_fin = True
         loss = _sockets.send_fin(self._sock)
-        if loss is None:
+        # Somebody else may have sent it before, and the peer its own since.
+        if loss is None or (
+            _tcp_info.is_unknown(loss) and _tcp_info.both_finished(self._sock)
+        ):
             self.eof_sent = True
         else:
             self._lost(loss)
@@ -97,11 +100,11 @@ class Record:
         """What a failed call on the socket means."""
         if exc.errno in _sockets.CLOSED_ERRNOS and self._loss is None:
             self._closed = True  # by whoever has the socket object as well
-            return ClosedResourceError("the socket was closed by somebody else")
+            return ClosedResourceError("other code has closed the socket")
         if exc.errno == errno.EPIPE and self._loss is None:
             if self.fin_is_out():
                 self.eof_sent = True
-                return ClosedResourceError("the stream was half-closed by somebody else")
+                return ClosedResourceError("other code has half-closed the stream")
             # As Linux does by itself (sk_stream_error() of net/core/stream.c), and the
             # BSDs and macOS do not.
             exc = _sockets.pending_error(self._sock) or exc

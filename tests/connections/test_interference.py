@@ -327,7 +327,7 @@ async def test_receiving_shut_down_by_somebody_else_is_no_end(kind: str) -> None
         shut = raw_of(conn).shutdown
         for _ in range(2):
             async with soon(shut, socket.SHUT_RD):
-                with pytest.raises(anyio.ClosedResourceError, match="by somebody else"):
+                with pytest.raises(anyio.ClosedResourceError, match="other code"):
                     await conn.receive()
         await conn.send(b"answer")
 
@@ -359,7 +359,7 @@ async def test_fin_by_somebody_else_is_in_the_ending(kind: str, how: int) -> Non
     async def handler(conn: Connection) -> None:
         await conn.send(b"half")
         raw_of(conn).shutdown(how)
-        with pytest.raises(anyio.ClosedResourceError, match="half-closed by somebody"):
+        with pytest.raises(anyio.ClosedResourceError, match="other code has half-closed"):
             await conn.send(b"never")
         await has_read.wait()
         raise Failure
@@ -378,6 +378,25 @@ async def test_fin_by_somebody_else_is_in_the_ending(kind: str, how: int) -> Non
     assert isinstance(served.raised, Failure)
     assert (ending.kind, ending.peer) == (CloseKind.RST, PeerClose.NONE)
     assert ending.fin_sent_before_reset
+
+
+@pytest.mark.parametrize("drain", [Drain(), None], ids=["drain", "no drain"])
+async def test_fin_by_somebody_else_and_then_the_peers_are_a_clean_end(
+    kind: str, drain: Drain | None
+) -> None:
+    async def handler(conn: Connection) -> None:
+        raw_of(conn).shutdown(socket.SHUT_WR)
+        seen.append(await peer.read_to_end())
+        peer.send_eof()
+        await arrived(peer)
+
+    seen: list[Seen] = []
+    async with serve(kind, handler, drain=drain) as service:
+        with service.connect() as peer:
+            ending = await ended_well(service)
+    assert seen == [Seen(b"", PeerClose.FIN)]
+    assert (ending.kind, ending.cause) == (CloseKind.FIN, Cause.RETURNED)
+    assert ending.peer in (PeerClose.FIN, PeerClose.NONE if drain is None else None)
 
 
 def dissolve(sock: socket.socket) -> None:
