@@ -50,6 +50,11 @@ EVERY_PYTHON = {f"test_{name}" for names in DIFFERENCES.values() for name in nam
 # Whether what is forgotten goes at once, and not when it is collected.
 REFCOUNTS = hasattr(sys, "getrefcount")
 
+# What is measured is measured on cores of its own, and PyPy cannot choose them.
+if not hasattr(os, "sched_setaffinity"):
+    collect_ignore_glob = ["project/test_benchmark*", "project/test_evidence*"]
+    collect_ignore_glob += ["project/test_soak*"]
+
 HAS_UVLOOP = find_spec("uvloop") is not None
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import BACKENDS, HAS_UVLOOP
 
 pytest_plugins = ["pytester"]
 
@@ -20,14 +21,15 @@ ANYIO = ("-p", "no:asyncio", "-p", "no:trio")
 TRIO = ("-p", "no:anyio", "-p", "no:asyncio")
 ASYNCIO = ("-p", "no:anyio", "-p", "no:trio")
 
-CONFTEST = """
+LOOPS = [backend for backend in BACKENDS if backend.id != "uvloop" or HAS_UVLOOP]
+
+CONFTEST = f"""
     import pytest
 
-    @pytest.fixture(params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-        pytest.param(("trio", {}), id="trio"),
-    ])
+    @pytest.fixture(
+        params={[backend.values[0] for backend in LOOPS]},
+        ids={[backend.id for backend in LOOPS]},
+    )
     def anyio_backend(request):
         return request.param
 """
@@ -111,9 +113,9 @@ def test_with_anyio_s_plugin(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(SUITE.replace("MARK", "anyio"))
     result = run(pytester, *ANYIO)
-    result.assert_outcomes(passed=12, failed=3)
+    result.assert_outcomes(passed=4 * len(LOOPS), failed=len(LOOPS))
     told = "*AssertionError: expected RST; got FIN after 0 bytes"
-    result.stdout.fnmatch_lines([told] * 3)
+    result.stdout.fnmatch_lines([told] * len(LOOPS))
 
 
 def test_with_pytest_trio(pytester: pytest.Pytester) -> None:
@@ -193,5 +195,5 @@ def test_the_examples_do_what_they_say(pytester: pytest.Pytester) -> None:
     result = run(pytester, *ANYIO)
     outcomes = result.parseoutcomes()
     # One is skipped where there is no CAP_NET_RAW.
-    assert outcomes.pop("passed") + outcomes.pop("skipped", 0) == 25
+    assert outcomes.pop("passed") + outcomes.pop("skipped", 0) == 8 * len(LOOPS) + 1
     assert not outcomes

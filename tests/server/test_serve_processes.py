@@ -262,7 +262,7 @@ def test_activated_example_says_when_nobody_activated_it() -> None:
 def stop(process: Process) -> None:
     """Until SIGCONT the process does nothing, and the kernel goes on for it."""
     process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    os.waitpid(process.pid, os.WUNTRACED)
 
 
 @loops
