@@ -349,8 +349,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_tls(server: str, certificate: str) -> None:
     with serving(server, tls=certificate) as service:
         for version in VERSIONS:
-            done = curl(service.url("/none/done"), version, "--insecure")
-            assert done == (0, WHOLE)
+            status, body = curl(service.url("/none/done"), version, "--insecure")
+            # On Trio hypercorn sends no close_notify, and curl 8 tells of that.
+            assert status == 0 or (server, status) == ("hypercorn-trio", 56)
+            assert body == WHOLE
             status, body = curl(service.url("/none/raises"), version, "--insecure")
             assert status == 56
             assert body in (HALF, b"")
