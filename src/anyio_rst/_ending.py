@@ -6,13 +6,16 @@ Everything else in this library obeys them.
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from anyio import get_cancelled_exc_class
+from anyio import current_effective_deadline, get_cancelled_exc_class
 
 if TYPE_CHECKING:
     import outcome
@@ -141,7 +144,26 @@ def exception_leaving(
     if exc is not None:
         return exc
     handled = sys.exc_info()[1]
-    return None if handled is at_entry else handled
+    return None if handled is at_entry or _was_cancelled(handled) else handled
+
+
+# asyncio's own in C shows a coroutine nothing of what it does. Not so on PyPy.
+_TASKS_ARE_PYTHON = isinstance(asyncio.Task.cancel, FunctionType)
+
+
+def _was_cancelled(handled: BaseException | None) -> bool:
+    """Whether *handled* is a cancellation that is over, and only the task handles it.
+
+    A task written in Python throws into its coroutine while it handles the exception
+    itself, which `sys.exc_info()` shows until the coroutine waits again.
+    """
+    if not (_TASKS_ARE_PYTHON and isinstance(handled, asyncio.CancelledError)):
+        return False
+    try:
+        task: Any = asyncio.current_task()
+        return current_effective_deadline() != -math.inf and not task.cancelling()
+    except (RuntimeError, AttributeError):  # no event loop; no count before Python 3.11
+        return False
 
 
 def _cancelled_class() -> type[BaseException] | tuple[()]:

@@ -187,6 +187,20 @@ async def test_cancellation_from_outside_resets(kind: str, blocked_in: str) -> N
     assert (ending.kind, ending.cause) == (CloseKind.RST, Cause.CANCELLED)
 
 
+async def test_wait_that_was_given_up_last_is_no_failure(kind: str) -> None:
+    """Though where tasks are written in Python they show it until the next wait."""
+
+    async def handler(conn: Connection) -> None:
+        async with connection_scope(conn) as inner:
+            await inner.send(b"done")
+            with anyio.move_on_after(0.01):
+                await inner.receive()
+
+    async with serve(kind, handler) as service:
+        with service.connect() as peer:
+            assert await peer.read_to_end() == Seen(b"done", PeerClose.FIN)
+
+
 async def test_cancellation_of_the_server_resets(kind: str) -> None:
     async def handler(conn: Connection) -> None:
         await conn.send(b"half")
