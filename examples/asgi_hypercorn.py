@@ -46,7 +46,9 @@ def reset(server: tuple[str, int], client: tuple[str, int]) -> None:
     for descriptor in map(int, os.listdir("/dev/fd")):
         with suppress(OSError):  # it is closed by now, or not connected
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                blocks = os.get_blocking(descriptor)
                 with socket.socket(fileno=os.dup(descriptor)) as sock:
+                    os.set_blocking(descriptor, blocks)  # PyPy has made it block
                     ends = sock.getsockname()[:2], sock.getpeername()[:2]
                     if ends == (server, client):
                         lowlevel.reset(sock)
