@@ -234,7 +234,13 @@ def matrix(session: nox.Session) -> None:
     run_tests(session)
 
 
-@nox.session(python=["3.13t", "3.14t"])
+@nox.session(python=["pypy3.11"])
+def pypy(session: nox.Session) -> None:
+    """Run the test suite on PyPy, 7.3.20 or later: others cannot load cryptography."""
+    run_tests(session)
+
+
+@nox.session(python=["3.14t"])
 def free_threaded(session: nox.Session) -> None:
     """Run the test suite on a CPython without its global interpreter lock."""
     run_tests(session, PYTHON_GIL="0")
