@@ -40,8 +40,11 @@ def serving(behave: Callable[[socket.socket], object]) -> Iterator[int]:
         with suppress(OSError):
             while True:
                 sock, _ = listener.accept()
-                threading.Thread(target=serve_one, args=[sock], daemon=True).start()
+                thread = threading.Thread(target=serve_one, args=[sock])
+                threads.append(thread)
+                thread.start()
 
+    threads: list[threading.Thread] = []
     with socket.create_server((HOST, 0)) as listener:
         accepting = threading.Thread(target=serve)
         accepting.start()
@@ -50,6 +53,8 @@ def serving(behave: Callable[[socket.socket], object]) -> Iterator[int]:
         finally:
             listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
             accepting.join()
+            for thread in threads:  # no client is left
+                thread.join()
 
 
 def read_to_end(sock: socket.socket) -> None:

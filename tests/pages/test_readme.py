@@ -28,19 +28,20 @@ GREETING, SCOPE, SERVER, CLIENT = BLOCKS
 GRACEFUL = (ROOT / "examples" / "graceful.py").read_text()
 
 
-def reserved() -> tuple[socket.socket, Iterator[int]]:
-    """Ports for this process alone, as long as the socket on the first of them is open.
+def reserved() -> Iterator[int]:
+    """Ports for this process alone: until its end it has a socket on the first of them.
 
     Others run these tests as well. The kernel gives none of them to whoever asks for any:
     ip_local_port_range of ip(7).
     """
     for first in range(5000, 10000, 50):  # of four digits, as those on the pages
         with contextlib.suppress(OSError):
-            return socket.create_server(("", first)), cycle(range(first + 1, first + 50))
+            socket.create_server(("", first)).detach()
+            return cycle(range(first + 1, first + 50))
     raise AssertionError("all ports are reserved")
 
 
-RESERVATION, PORTS = reserved()
+PORTS = reserved()
 
 
 def free_port() -> int:

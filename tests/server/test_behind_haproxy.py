@@ -205,7 +205,10 @@ async def test_health_checks_are_quiet(
         layer = "Layer6" if name in TLS_CHECKS else "Layer4"
         (check,) = [line for line in said if f"/{name} " in line]
         assert f"succeeded, reason: {layer} check passed" in check
-    assert not [segment for segment in resets if segment.direction is FROM_US]
+    # The kernel has answers of its own for one that is over before it is accepted.
+    ours = {ending.remote_address for ending in behind.endings}
+    sent = [each.other_port for each in resets if each.direction is FROM_US]
+    assert ours.isdisjoint(("127.0.0.1", port) for port in sent)
 
 
 @is_tls
