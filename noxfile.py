@@ -236,7 +236,7 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session(python=["pypy3.11"])
 def pypy(session: nox.Session) -> None:
-    """Run the test suite on PyPy, 7.3.20 or later: others cannot load cryptography."""
+    """Run the test suite on a PyPy that cryptography is built for: 7.3.19 is not."""
     run_tests(session)
 
 

@@ -18,7 +18,7 @@ import anyio.to_thread
 import outcome
 import pytest
 from anyio.lowlevel import checkpoint
-from conftest import collect
+from conftest import REFCOUNTS, collect
 
 from anyio_rst import (
     Cause,
@@ -499,7 +499,7 @@ async def test_forgotten_connection_is_reset_and_never_finished(
                     kept.append(kept)
                 del kept, connecting
                 await settled()
-                if in_a_cycle or has_cycles():
+                if in_a_cycle or has_cycles() or not REFCOUNTS:
                     quiet = await peer.read_to_end(timeout=0.2)
                     assert quiet == Seen(b"", PeerClose.NONE)
                     collect()
