@@ -241,7 +241,7 @@ class SocketIO(Record, SocketStream):
             if self._closed:
                 await self._closed_meanwhile()
             if view := self._write(view):
-                await self._write_all(view)
+                await self._write_rest(view)
             if at_once:
                 await cancel_shielded_checkpoint()
         finally:
@@ -268,13 +268,15 @@ class SocketIO(Record, SocketStream):
                 raise
             if self._closed:
                 await self._closed_meanwhile()
-            await self._write_all(view)
+            if view := self._write(view):
+                await self._write_rest(view)
         finally:
             self._sending = False
 
-    async def _write_all(self, view: memoryview) -> None:
-        while view := self._write(view):
+    async def _write_rest(self, view: memoryview) -> None:
+        while view:
             await self._wait_for_room()
+            view = self._write(view)
 
     async def _wait_for_room(self) -> None:
         try:
