@@ -123,7 +123,7 @@ def group(name: str) -> tuple[str, ...]:
 def run_tests(session: nox.Session, *pins: str, **env: str) -> None:
     session.install("-e", ".", *group("test"), *pins)
     # Much of it is waiting, for processes to start above all.
-    workers = ["-n", "4"]
+    workers = ["-n", "6"]
     # Several hundred processes import the package.
     compiled = {"PYTHONDONTWRITEBYTECODE": ""}
     session.run("pytest", *workers, *session.posargs, env=compiled | env)
