@@ -487,13 +487,20 @@ def test_a_killed_process_resets(loop: str, client: int) -> None:
         )
         port = listener.getsockname()[1]
     assert process.stdout is not None
-    peers = []
-    try:
+    peers: list[Peer] = []
+    with killed_in_the_end(process, peers):
         assert int(process.stdout.readline()) == port
         for _ in range(4):
             peer = Peer(port, protocol=client)
             peers.append(peer)
             assert peer.sock.recv(100) == HALF
+
+
+@contextmanager
+def killed_in_the_end(process: Any, peers: list[Peer]) -> Iterator[None]:
+    """By the block *peers* connect; all of them are reset when *process* is killed."""
+    try:
+        yield
         process.kill()
         assert process.wait() == -signal.SIGKILL
         for peer in peers:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -32,8 +31,10 @@ from test_mptcp import (
     SOL_MPTCP,
     WHY_NOT,
     Failure,
+    killed_in_the_end,
     raw_of,
 )
+from test_odd_networks import Service
 
 from anyio_rst import (
     Cause,
@@ -147,17 +148,6 @@ async def has_two_subflows(sock: Any) -> None:
             await anyio.sleep(0.001)
 
 
-class Service:
-    def __init__(self, port: int, endings: Any) -> None:
-        self.port = port
-        self._endings = endings
-
-    async def ending(self) -> Ending:
-        with anyio.fail_after(LONG):
-            ending: Ending = await self._endings.receive()
-        return ending
-
-
 @asynccontextmanager
 async def served(kind: str, handler: Handler) -> AsyncIterator[Service]:
     """By `serve_tcp`, or in a scope around AnyIO's own stream."""
@@ -269,7 +259,7 @@ def test_a_killed_process_resets(machines: Machines, loop: str) -> None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[number])
     assert process.stdout is not None
     peers: list[Peer] = []
-    try:
+    with killed_in_the_end(process, peers):
         assert int(process.stdout.readline()) == port
         for _ in range(3):
             peers.append(machines.connect(port))
@@ -277,17 +267,6 @@ def test_a_killed_process_resets(machines: Machines, loop: str) -> None:
             deadline = time.monotonic() + LONG
             while not more_subflows(peers[-1].sock):
                 assert time.monotonic() < deadline
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        for peer in peers:
-            with pytest.raises(ConnectionResetError):
-                peer.sock.recv(100)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        for peer in peers:
-            peer.sock.close()
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["return", "raise"])
